@@ -1,14 +1,15 @@
-//! A program whose second start hands its files over to the first instance, as editors and viewers do.
+//! A program whose second start hands its files over to the first instance, as editors and viewers
+//! do.
 //!
 //! Start it, and start it again in another directory of a second terminal, with files:
 //! ```text
 //! cargo run --example activate -- README.md
 //! cd /tmp && /path/to/activate notes.txt "with spaces"
 //! ```
-//! The first instance opens the files relative to the second's directory, and returns the number of open files. The
-//! second prints this number and exits with success. Kill the first with `kill -9` or stop it with Ctrl-Z, and start
-//! the program again: a dead instance is replaced, and an instance that hangs costs the second two seconds. Press
-//! Ctrl-D to close the first.
+//! The first instance opens the files relative to the second's directory, and returns the number of
+//! open files. The second prints this number and exits with success. Kill the first with `kill -9`
+//! or stop it with Ctrl-Z, and start the program again: a dead instance is replaced, and an
+//! instance that hangs costs the second two seconds. Press Ctrl-D to close the first.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -34,7 +35,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Becomes the first instance, or sends it the files to open. In the second case nothing is left to do.
+/// Becomes the first instance, or sends it the files to open. In the second case nothing is left to
+/// do.
 fn enter() -> lockkit::Result<Option<FirstInstance>> {
     match Instance::enter("lockkit-example-activate")? {
         Instance::First(first) => Ok(Some(first)),
@@ -42,7 +44,10 @@ fn enter() -> lockkit::Result<Option<FirstInstance>> {
             let second = second.variables(["XDG_ACTIVATION_TOKEN", "DESKTOP_STARTUP_ID"]);
             match second.activate(&Wait::at_most(Duration::from_secs(2)))? {
                 Outcome::Answered(answer) => {
-                    print_line(&format!("the first instance says: {}", String::from_utf8_lossy(&answer)));
+                    print_line(&format!(
+                        "the first instance says: {}",
+                        String::from_utf8_lossy(&answer)
+                    ));
                     Ok(None)
                 }
                 Outcome::BecameFirst(first) => Ok(Some(first)),
@@ -58,7 +63,10 @@ fn work(first: &FirstInstance) -> ExitCode {
     }
     let open = Open::default();
     let directory = std::env::current_dir().unwrap_or_default();
-    add(&open, std::env::args_os().skip(1).map(|file| directory.join(file)));
+    add(
+        &open,
+        std::env::args_os().skip(1).map(|file| directory.join(file)),
+    );
     let listening = first.on_activation({
         let open = open.clone();
         move |activation| handle(&open, activation)

@@ -1,12 +1,13 @@
 //! Processes that elect a leader, and a resource that refuses writes of former leaders.
 //!
-//! Three workers compete for one lease. The holder counts: it reads a number from a resource and writes the next one,
-//! with its token. The first leader is killed, and the next guard reports it. The second leader is stopped between read
-//! and write, for longer than its TTL, and another worker takes over. When the second leader continues, it finishes its
-//! write, because it checked its lease before. But the resource has seen a later token by then, and refuses the write.
+//! Three workers compete for one lease. The holder counts: it reads a number from a resource and
+//! writes the next one, with its token. The first leader is killed, and the next guard reports it.
+//! The second leader is stopped between read and write, for longer than its TTL, and another worker
+//! takes over. When the second leader continues, it finishes its write, because it checked its
+//! lease before. But the resource has seen a later token by then, and refuses the write.
 //!
-//! Run with `cargo run --example leader`. [`work`] is the part to copy. [`Resource::write`] is the check that a guarded
-//! resource needs: a database, a disk, a service.
+//! Run with `cargo run --example leader`. [`work`] is the part to copy. [`Resource::write`] is the
+//! check that a guarded resource needs: a database, a disk, a service.
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
@@ -25,7 +26,8 @@ fn main() -> Result<()> {
     if let Some(directory) = std::env::args_os().nth(1) {
         return work(Path::new(&directory));
     }
-    let directory = std::env::temp_dir().join(format!("lockkit-example-leader-{}", std::process::id()));
+    let directory =
+        std::env::temp_dir().join(format!("lockkit-example-leader-{}", std::process::id()));
     std::fs::create_dir(&directory)?;
     let result = coordinate(&directory);
     std::fs::remove_dir_all(&directory)?;
@@ -43,13 +45,17 @@ fn work(directory: &Path) -> Result<()> {
         let guard = lease.lock()?;
         match guard.recovered() {
             Some(before) => {
-                println!("{me} leads with token {}; the previous leader did not release: {before}", guard.token())
+                println!(
+                    "{me} leads with token {}; the previous leader did not release: {before}",
+                    guard.token()
+                )
             }
             None => println!("{me} leads with token {}", guard.token()),
         }
         let mut resource = Connection::new(UnixStream::connect(directory.join("resource"))?);
         resource.send(&me.to_string())?;
-        // The check saves work. It can be out of date a moment later, so each write carries the token.
+        // The check saves work. It can be out of date a moment later, so each write carries the
+        // token.
         while guard.is_held() {
             let number: u64 = resource.ask("read")?.parse()?;
             thread::sleep(Duration::from_millis(20));
@@ -72,10 +78,14 @@ struct Resource {
 }
 
 impl Resource {
-    /// Stores the number, unless the resource has seen a later token. Returns whether it stored the number.
+    /// Stores the number, unless the resource has seen a later token. Returns whether it stored the
+    /// number.
     fn write(&mut self, token: u64, number: u64) -> bool {
         if token < self.token {
-            println!("the resource refuses {number} with token {token}: it has seen {}", self.token);
+            println!(
+                "the resource refuses {number} with token {token}: it has seen {}",
+                self.token
+            );
             return false;
         }
         (self.number, self.token) = (number, token);
@@ -83,16 +93,23 @@ impl Resource {
         true
     }
 
-    /// Answers a leader until the leader has requested so many writes, or has closed its connection.
+    /// Answers a leader until the leader has requested so many writes, or has closed its
+    /// connection.
     fn serve(&mut self, leader: &mut Connection, writes: usize) -> Result<()> {
         let mut writes_done = 0;
         while writes_done < writes {
-            let Some(request) = leader.receive()? else { break };
+            let Some(request) = leader.receive()? else {
+                break;
+            };
             match request.split(' ').collect::<Vec<_>>().as_slice() {
                 ["read"] => leader.send(&self.number.to_string())?,
                 ["write", token, number] => {
                     writes_done += 1;
-                    leader.send(if self.write(token.parse()?, number.parse()?) { "accepted" } else { "refused" })?;
+                    leader.send(if self.write(token.parse()?, number.parse()?) {
+                        "accepted"
+                    } else {
+                        "refused"
+                    })?;
                 }
                 _ => return Err(format!("unknown request: {request:?}").into()),
             }
@@ -138,7 +155,9 @@ fn coordinate(directory: &Path) -> Result<()> {
 /// Waits for the next leader. Returns its pid and its connection.
 fn next(leaders: &UnixListener) -> Result<(u32, Connection)> {
     let mut leader = Connection::new(leaders.accept()?.0);
-    let pid = leader.receive()?.ok_or("a leader closed its connection at once")?;
+    let pid = leader
+        .receive()?
+        .ok_or("a leader closed its connection at once")?;
     Ok((pid.parse()?, leader))
 }
 
@@ -149,13 +168,20 @@ impl Workers {
     fn start(count: usize, directory: &Path) -> Result<Self> {
         let mut workers = Self(Vec::new());
         for _ in 0..count {
-            workers.0.push(Command::new(std::env::current_exe()?).arg(directory).spawn()?);
+            workers.0.push(
+                Command::new(std::env::current_exe()?)
+                    .arg(directory)
+                    .spawn()?,
+            );
         }
         Ok(workers)
     }
 
     fn get(&mut self, pid: u32) -> Result<&mut Child> {
-        self.0.iter_mut().find(|worker| worker.id() == pid).ok_or_else(|| format!("no worker has the pid {pid}").into())
+        self.0
+            .iter_mut()
+            .find(|worker| worker.id() == pid)
+            .ok_or_else(|| format!("no worker has the pid {pid}").into())
     }
 }
 
@@ -190,6 +216,7 @@ impl Connection {
 
     fn ask(&mut self, question: &str) -> Result<String> {
         self.send(question)?;
-        self.receive()?.ok_or_else(|| "the resource has closed the connection".into())
+        self.receive()?
+            .ok_or_else(|| "the resource has closed the connection".into())
     }
 }

@@ -1,4 +1,5 @@
-//! A leader whose lease is in the store of a URL. Start it on several machines, and one of them leads.
+//! A leader whose lease is in the store of a URL. Start it on several machines, and one of them
+//! leads.
 //!
 //! ```text
 //! cargo run --example leader_engine -- file:///srv/shared/leader 10s
@@ -7,9 +8,9 @@
 //! cargo run --example leader_engine --features etcd -- etcd://a.example:2379,b.example:2379,c.example:2379/leader 10s
 //! ```
 //!
-//! It leads for the time in its second argument (3 s by default) and then releases the lease to the next process. Kill
-//! it, stop it, or cut its network: another process takes over with a greater token. The former leader reports the loss
-//! when it comes back.
+//! It leads for the time in its second argument (3 s by default) and then releases the lease to the
+//! next process. Kill it, stop it, or cut its network: another process takes over with a greater
+//! token. The former leader reports the loss when it comes back.
 
 use std::error::Error;
 use std::time::{Duration, Instant};
@@ -18,12 +19,19 @@ use lockkit::{Lease, Wait};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().ok_or("usage: leader_engine URL [TIME], such as: redis://127.0.0.1:6379/leader 10s")?;
-    let time = arguments.next().map_or(Ok(Duration::from_secs(3)), |time| humantime::parse_duration(&time))?;
+    let url = arguments
+        .next()
+        .ok_or("usage: leader_engine URL [TIME], such as: redis://127.0.0.1:6379/leader 10s")?;
+    let time = arguments
+        .next()
+        .map_or(Ok(Duration::from_secs(3)), |time| {
+            humantime::parse_duration(&time)
+        })?;
 
     let me = std::process::id();
-    let lease =
-        Lease::connect(url).on_lost(move |loss| println!("{me} does not lead any more: {}", loss.reason)).build()?;
+    let lease = Lease::connect(url)
+        .on_lost(move |loss| println!("{me} does not lead any more: {}", loss.reason))
+        .build()?;
     if let Some(leader) = lease.owner()? {
         println!("{me} waits for {}", leader.describe());
     }

@@ -1,8 +1,9 @@
-//! Worker processes share a table of locks. One worker is killed in the middle of its work, and the next guard reports
-//! it.
+//! Worker processes share a table of locks. One worker is killed in the middle of its work, and the
+//! next guard reports it.
 //!
-//! Each worker updates the accounts in order, each under the lock with its number. The first worker dies inside account
-//! 2 (`abort`). The next holder learns of the death, checks the account before using it, and continues.
+//! Each worker updates the accounts in order, each under the lock with its number. The first worker
+//! dies inside account 2 (`abort`). The next holder learns of the death, checks the account before
+//! using it, and continues.
 //!
 //! Run with `cargo run -p lockkit-examples --example lock_table`.
 
@@ -27,15 +28,24 @@ fn coordinate() -> Result<(), Box<dyn std::error::Error>> {
         println!("account {} has a lock", table.allocate()?.id());
     }
     let workers: Result<Vec<_>, _> = (0..3)
-        .map(|worker| Command::new(std::env::current_exe()?).arg(&path).arg(worker.to_string()).spawn())
+        .map(|worker| {
+            Command::new(std::env::current_exe()?)
+                .arg(&path)
+                .arg(worker.to_string())
+                .spawn()
+        })
         .collect();
     for mut worker in workers? {
         println!("a worker ended: {}", worker.wait()?);
     }
-    // The next holder of account 2 has checked it. If no worker acquired it after the death, the parent checks it
-    // here.
+    // The next holder of account 2 has checked it. If no worker acquired it after the death, the
+    // parent checks it here.
     check(&table.retrieve(2)?.lock()?, "the parent", 2);
-    println!("{} of 1024 locks are left, {} are held", table.available()?.unwrap_or_default(), table.held()?.len());
+    println!(
+        "{} of 1024 locks are left, {} are held",
+        table.available()?.unwrap_or_default(),
+        table.held()?.len()
+    );
     std::fs::remove_file(path)?;
     Ok(())
 }

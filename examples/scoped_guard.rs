@@ -1,7 +1,7 @@
 //! A section of a program that only one process at a time executes: a guard in a block.
 //!
-//! The first process enters the section and starts a second one. The second waits briefly, gives up and names the
-//! holder. When the block of the first one ends, the next process can enter.
+//! The first process enters the section and starts a second one. The second waits briefly, gives up
+//! and names the holder. When the block of the first one ends, the next process can enter.
 //!
 //! Run with `cargo run --example scoped_guard`. [`section`] is the part to copy.
 
@@ -32,7 +32,10 @@ fn section(work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<
             Err(error) => return Err(error.into()),
         };
         if let Some(died) = guard.recovered() {
-            println!("pid {} first checks what is incomplete: the last holder died inside: {died}", id());
+            println!(
+                "pid {} first checks what is incomplete: the last holder died inside: {died}",
+                id()
+            );
         }
         println!("pid {} is inside", id());
         work()?;
@@ -43,7 +46,9 @@ fn section(work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<
 
 /// Starts a second process, which tries to enter.
 fn start_another() -> Result<(), Box<dyn Error>> {
-    let status = Command::new(std::env::current_exe()?).arg("once").status()?;
+    let status = Command::new(std::env::current_exe()?)
+        .arg("once")
+        .status()?;
     if !status.success() {
         return Err(format!("the second process failed: {status}").into());
     }

@@ -1,11 +1,11 @@
 //! A file that several processes read and write: writers one at a time, readers together.
 //!
-//! Four processes increment a number in a file, 50 times each. Each reads the number and writes the next one under an
-//! exclusive lock on the file itself. Meanwhile the first process reads it under a shared lock, and never sees half a
-//! number.
+//! Four processes increment a number in a file, 50 times each. Each reads the number and writes the
+//! next one under an exclusive lock on the file itself. Meanwhile the first process reads it under
+//! a shared lock, and never sees half a number.
 //!
-//! Run with `cargo run --example shared_file`. [`add`] and [`read`] are the parts to copy. flock(1) on the same file
-//! interoperates.
+//! Run with `cargo run --example shared_file`. [`add`] and [`read`] are the parts to copy. flock(1)
+//! on the same file interoperates.
 
 use std::error::Error;
 use std::os::unix::fs::FileExt;
@@ -33,8 +33,13 @@ fn coordinate(path: &Path) -> Result<(), Box<dyn Error>> {
     let mut last = read(&lock)?;
     println!("the number is {last}");
     let start = || Command::new(std::env::current_exe()?).arg(path).spawn();
-    let mut writers = (0..WRITERS).map(|_| start()).collect::<Result<Vec<_>, _>>()?;
-    while writers.iter_mut().any(|writer| matches!(writer.try_wait(), Ok(None))) {
+    let mut writers = (0..WRITERS)
+        .map(|_| start())
+        .collect::<Result<Vec<_>, _>>()?;
+    while writers
+        .iter_mut()
+        .any(|writer| matches!(writer.try_wait(), Ok(None)))
+    {
         let now = read(&lock)?;
         if now < last {
             return Err(format!("the number went from {last} back to {now}").into());
@@ -44,7 +49,10 @@ fn coordinate(path: &Path) -> Result<(), Box<dyn Error>> {
     for mut writer in writers {
         println!("a writer ended: {}", writer.wait()?);
     }
-    println!("the number is {}: no writer lost a number, no reader saw a partial number", read(&lock)?);
+    println!(
+        "the number is {}: no writer lost a number, no reader saw a partial number",
+        read(&lock)?
+    );
     Ok(())
 }
 

@@ -4,8 +4,8 @@
 //! ```text
 //! cargo run --example single_instance -- 30s
 //! ```
-//! The second start names the running process, and exits with 75 immediately. Kill the first with `kill -9`: the next
-//! start succeeds immediately, and reports that the last owner died.
+//! The second start names the running process, and exits with 75 immediately. Kill the first with
+//! `kill -9`: the next start succeeds immediately, and reports that the last owner died.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -37,13 +37,16 @@ fn work(time: Duration) -> Result<(), String> {
 fn time_to_work() -> Result<Duration, String> {
     match std::env::args().nth(1) {
         None => Ok(Duration::from_secs(5)),
-        Some(time) => humantime::parse_duration(&time)
-            .map_err(|error| format!("invalid time to work {time:?}: {error}; use a time such as \"5s\" or \"2m\"")),
+        Some(time) => humantime::parse_duration(&time).map_err(|error| {
+            format!("invalid time to work {time:?}: {error}; use a time such as \"5s\" or \"2m\"")
+        }),
     }
 }
 
 /// Prints a line immediately, also into a pipe.
 fn print_line(line: &str) -> Result<(), String> {
     let mut out = io::stdout();
-    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| format!("cannot write: {error}"))
+    writeln!(out, "{line}")
+        .and_then(|()| out.flush())
+        .map_err(|error| format!("cannot write: {error}"))
 }

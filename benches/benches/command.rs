@@ -1,6 +1,6 @@
-//! Measures how soon the command `lockkit` starts a program under a lock, in comparison with flock(1). The time runs
-//! from just before the start of the command to the time that `date` prints. Our starts and the peer's starts
-//! alternate.
+//! Measures how soon the command `lockkit` starts a program under a lock, in comparison with
+//! flock(1). The time runs from just before the start of the command to the time that `date`
+//! prints. Our starts and the peer's starts alternate.
 //!
 //! The bench builds the command first, because this package cannot depend on a program.
 
@@ -30,13 +30,29 @@ fn main() {
         run(lockkit.to_str().expect("its path is text"), &arguments)
     };
     let ours = [
-        ("lockkit flock FILE", run(lockkit.to_str().expect("its path is text"), &["flock", &file("file")])),
+        (
+            "lockkit flock FILE",
+            run(
+                lockkit.to_str().expect("its path is text"),
+                &["flock", &file("file")],
+            ),
+        ),
         ("lockkit run --file", run_under(&["--file", &file("file")])),
-        ("lockkit run --name", run_under(&["--name", "lockkit-bench-command"])),
-        ("lockkit run --pidfile", run_under(&["--pidfile", &file("pid")])),
-        ("lockkit run --lease", run_under(&["--lease", &file("lease")])),
+        (
+            "lockkit run --name",
+            run_under(&["--name", "lockkit-bench-command"]),
+        ),
+        (
+            "lockkit run --pidfile",
+            run_under(&["--pidfile", &file("pid")]),
+        ),
+        (
+            "lockkit run --lease",
+            run_under(&["--lease", &file("lease")]),
+        ),
     ];
-    let mut times: Vec<[Vec<Duration>; 2]> = ours.iter().map(|_| [Vec::new(), Vec::new()]).collect();
+    let mut times: Vec<[Vec<Duration>; 2]> =
+        ours.iter().map(|_| [Vec::new(), Vec::new()]).collect();
     for _ in 0..rounds {
         for ((_, ours), [mine, theirs]) in ours.iter().zip(&mut times) {
             mine.push(start(ours).expect("it starts"));
@@ -49,7 +65,13 @@ fn main() {
         .map(|((name, _), times)| {
             let [ours, theirs] = times.map(|mut times| Value::Time(table::median(&mut times)));
             let name = format!("{name}, start of the program");
-            Row { name, ours, peer: "flock(1)", theirs, bound: Bound::Ratio(1.5) }
+            Row {
+                name,
+                ours,
+                peer: "flock(1)",
+                theirs,
+                bound: Bound::Ratio(1.5),
+            }
         })
         .collect();
     table::print(&rows);
@@ -58,25 +80,53 @@ fn main() {
 /// Builds the command with the same profile as for users, and returns its path.
 fn built() -> PathBuf {
     let program = std::env::current_exe().expect("the program has a path");
-    let target = program.ancestors().find(|directory| directory.ends_with("release")).and_then(Path::parent);
+    let target = program
+        .ancestors()
+        .find(|directory| directory.ends_with("release"))
+        .and_then(Path::parent);
     let target = target.expect("benches are built in release mode");
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["build", "--quiet", "--release", "--package", "lockkit-cli", "--bin", "lockkit"]);
-    cargo.arg("--target-dir").arg(target).current_dir(env!("CARGO_MANIFEST_DIR"));
-    assert!(cargo.status().expect("cargo is there").success(), "the command could not be built");
+    cargo.args([
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        "lockkit-cli",
+        "--bin",
+        "lockkit",
+    ]);
+    cargo
+        .arg("--target-dir")
+        .arg(target)
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    assert!(
+        cargo.status().expect("cargo is there").success(),
+        "the command could not be built"
+    );
     target.join("release/lockkit")
 }
 
 /// Returns the words of a command: the program, its arguments, and the program that it starts.
 fn run(program: &str, arguments: &[&str]) -> Vec<String> {
-    [program].iter().chain(arguments).chain(&["date", "+%s%N"]).map(|&word| word.to_owned()).collect()
+    [program]
+        .iter()
+        .chain(arguments)
+        .chain(&["date", "+%s%N"])
+        .map(|&word| word.to_owned())
+        .collect()
 }
 
 /// Measures the time until `date` runs. Returns `None` if the program is not installed.
 fn start(words: &[String]) -> Option<Duration> {
-    let begun = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock after 1970");
+    let begun = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .expect("a clock after 1970");
     let output = Command::new(&words[0]).args(&words[1..]).output().ok()?;
     let said = String::from_utf8(output.stdout).expect("digits");
-    let ran = Duration::from_nanos(said.trim().parse().unwrap_or_else(|_| panic!("{words:?} said {said:?}")));
+    let ran = Duration::from_nanos(
+        said.trim()
+            .parse()
+            .unwrap_or_else(|_| panic!("{words:?} said {said:?}")),
+    );
     Some(ran.saturating_sub(begun))
 }

@@ -1,16 +1,20 @@
 //! Measures leases in files: without contention, hand-over, and many leases.
 //!
-//! - *Uncontended*: acquire and release, compared with `SoftFileLease` of Python's filelock in the same directory.
-//! - *Renewal*: one heartbeat out of a thousand that are due at once, compared with its system calls: open a file, lock
-//!   it, read and write the same number of bytes, unlock and close it. The leases use a clock that jumps from one
-//!   heartbeat to the next.
+//! - *Uncontended*: acquire and release, compared with `SoftFileLease` of Python's filelock in the
+//!   same directory.
+//! - *Renewal*: one heartbeat out of a thousand that are due at once, compared with its system
+//!   calls: open a file, lock it, read and write the same number of bytes, unlock and close it. The
+//!   leases use a clock that jumps from one heartbeat to the next.
 //! - *Is held*: a check of the guard, compared with a read of the clock.
-//! - *Hand-over*: a process releases, and a waiting process acquires. The time runs from just before the release.
+//! - *Hand-over*: a process releases, and a waiting process acquires. The time runs from just
+//!   before the release.
 //! - *Thousand*: acquire and drop a thousand leases of new files, compared with filelock.
-//! - *Many*: the processor share of the heartbeat of ten thousand leases, and whether the heartbeat keeps the leases.
+//! - *Many*: the processor share of the heartbeat of ten thousand leases, and whether the heartbeat
+//!   keeps the leases.
 //!
-//! Ours and the peer alternate, so that both see the same machine. Files are in memory, except in one row. The column
-//! of filelock stays empty if filelock cannot be installed, for want of python3, venv, pip or a package index.
+//! Ours and the peer alternate, so that both see the same machine. Files are in memory, except in
+//! one row. The column of filelock stays empty if filelock cannot be installed, for want of
+//! python3, venv, pip or a package index.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -41,10 +45,18 @@ struct Length {
     many: (usize, Duration),
 }
 
-const FULL: Length =
-    Length { blocks: (15, 500), hand_overs: 500, thousand: (5, 1000), many: (10_000, Duration::from_secs(10)) };
-const QUICK: Length =
-    Length { blocks: (3, 20), hand_overs: 10, thousand: (1, 100), many: (1000, Duration::from_millis(1500)) };
+const FULL: Length = Length {
+    blocks: (15, 500),
+    hand_overs: 500,
+    thousand: (5, 1000),
+    many: (10_000, Duration::from_secs(10)),
+};
+const QUICK: Length = Length {
+    blocks: (3, 20),
+    hand_overs: 10,
+    thousand: (1, 100),
+    many: (1000, Duration::from_millis(1500)),
+};
 
 const EXPERIMENTS: [Experiment<Length>; 6] = [
     ("leases/uncontended", uncontended),
@@ -68,7 +80,9 @@ fn in_memory() -> TempDir {
 }
 
 fn lease(path: impl AsRef<Path>) -> Lease {
-    Lease::file(path.as_ref()).build().expect("the options are valid")
+    Lease::file(path.as_ref())
+        .build()
+        .expect("the options are valid")
 }
 
 fn acquire(lease: &Lease) -> LeaseGuard {
@@ -86,7 +100,13 @@ fn alternate(
         times[0].push(ours());
         times[1].extend(theirs());
     }
-    times.map(|mut times| if times.is_empty() { Value::None } else { Value::Time(table::median(&mut times)) })
+    times.map(|mut times| {
+        if times.is_empty() {
+            Value::None
+        } else {
+            Value::Time(table::median(&mut times))
+        }
+    })
 }
 
 /// Returns the average duration of one operation.
@@ -104,20 +124,31 @@ struct Filelock(Peer);
 impl Filelock {
     const NAME: &str = "filelock lease";
 
-    /// Starts the process, and installs filelock if necessary. Returns `None`, and prints the reason, if that is not
-    /// possible.
+    /// Starts the process, and installs filelock if necessary. Returns `None`, and prints the
+    /// reason, if that is not possible.
     fn start() -> Option<Self> {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("filelock");
         let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("filelock");
-        let install = Command::new(directory.join("install.sh")).arg(place).output();
-        let python = install.map_err(|error| error.to_string()).and_then(|output| match output.status.success() {
-            true => Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned()),
-            false => Err(String::from_utf8_lossy(&output.stderr).trim_end().to_owned()),
-        });
+        let install = Command::new(directory.join("install.sh"))
+            .arg(place)
+            .output();
+        let python = install
+            .map_err(|error| error.to_string())
+            .and_then(|output| match output.status.success() {
+                true => Ok(String::from_utf8_lossy(&output.stdout)
+                    .trim_end()
+                    .to_owned()),
+                false => Err(String::from_utf8_lossy(&output.stderr)
+                    .trim_end()
+                    .to_owned()),
+            });
         match python {
             Ok(python) => {
                 let mut peer = Peer::start(Command::new(python).arg(directory.join("peer.py")));
-                println!("  compared with SoftFileLease of filelock {}", peer.receive());
+                println!(
+                    "  compared with SoftFileLease of filelock {}",
+                    peer.receive()
+                );
                 Some(Self(peer))
             }
             Err(problem) => {
@@ -128,14 +159,16 @@ impl Filelock {
     }
 
     fn cycles(&mut self, path: &Path, count: u32) -> Duration {
-        self.0.send(format_args!("cycles {count} {}", path.display()));
+        self.0
+            .send(format_args!("cycles {count} {}", path.display()));
         let [all] = self.0.receive_numbers();
         Duration::from_nanos(all) / count
     }
 
     /// Returns the durations of `count` acquisitions and of `count` releases.
     fn many(&mut self, directory: &Path, count: usize) -> [Duration; 2] {
-        self.0.send(format_args!("many {count} {}", directory.display()));
+        self.0
+            .send(format_args!("many {count} {}", directory.display()));
         self.0.receive_numbers().map(Duration::from_nanos)
     }
 }
@@ -143,20 +176,33 @@ impl Filelock {
 fn uncontended(length: &Length) -> Vec<Row> {
     let (blocks, count) = length.blocks;
     let mut filelock = Filelock::start();
-    [("in memory", in_memory()), ("on disk", tempfile::tempdir().expect("a directory"))]
-        .into_iter()
-        .map(|(place, directory)| {
-            let one = lease(directory.path().join("ours"));
-            let path = directory.path().join("theirs");
-            let [ours, theirs] = alternate(
-                blocks,
-                || each(count, || drop(acquire(&one))),
-                || filelock.as_mut().map(|filelock| filelock.cycles(&path, count)),
-            );
-            let name = format!("acquire and release, {place}");
-            Row { name, ours, peer: Filelock::NAME, theirs, bound: Bound::Ratio(0.25) }
-        })
-        .collect()
+    [
+        ("in memory", in_memory()),
+        ("on disk", tempfile::tempdir().expect("a directory")),
+    ]
+    .into_iter()
+    .map(|(place, directory)| {
+        let one = lease(directory.path().join("ours"));
+        let path = directory.path().join("theirs");
+        let [ours, theirs] = alternate(
+            blocks,
+            || each(count, || drop(acquire(&one))),
+            || {
+                filelock
+                    .as_mut()
+                    .map(|filelock| filelock.cycles(&path, count))
+            },
+        );
+        let name = format!("acquire and release, {place}");
+        Row {
+            name,
+            ours,
+            peer: Filelock::NAME,
+            theirs,
+            bound: Bound::Ratio(0.25),
+        }
+    })
+    .collect()
 }
 
 fn renewal(length: &Length) -> Vec<Row> {
@@ -170,14 +216,19 @@ fn renewal(length: &Length) -> Vec<Row> {
     let clock: Arc<dyn Clock> = Arc::new(manual_clock.clone());
     let guards: Vec<LeaseGuard> = (0..COUNT)
         .map(|number| {
-            let lease =
-                Lease::file(directory.path().join(number.to_string())).heartbeat(HEARTBEAT).clock(clock.clone());
+            let lease = Lease::file(directory.path().join(number.to_string()))
+                .heartbeat(HEARTBEAT)
+                .clock(clock.clone());
             acquire(&lease.build().expect("the options are valid"))
         })
         .collect();
     let fresh = guards[0].remaining() - HEARTBEAT / 2;
-    let paths: Vec<_> = (0..COUNT).map(|number| directory.path().join(format!("bare-{number}"))).collect();
-    paths.iter().for_each(|path| std::fs::write(path, RECORD).expect("there is room"));
+    let paths: Vec<_> = (0..COUNT)
+        .map(|number| directory.path().join(format!("bare-{number}")))
+        .collect();
+    paths
+        .iter()
+        .for_each(|path| std::fs::write(path, RECORD).expect("there is room"));
     let [ours, theirs] = alternate(
         length.blocks.0,
         || {
@@ -187,7 +238,8 @@ fn renewal(length: &Length) -> Vec<Row> {
                 while guard.remaining() < fresh {
                     // The loop polls rarely, because polling disturbs the measurement.
                     thread::sleep(Duration::from_micros(100));
-                    // After a slow request the heartbeat skips the store for a time, which must pass.
+                    // After a slow request the heartbeat skips the store for a time, which must
+                    // pass.
                     if start.elapsed() > LONG {
                         manual_clock.advance(Duration::from_micros(50));
                     }
@@ -199,8 +251,13 @@ fn renewal(length: &Length) -> Vec<Row> {
             let mut files = paths.iter();
             Some(each(COUNT, || {
                 let path = files.next().expect("as many as turns");
-                let file = File::options().read(true).write(true).open(path).expect("a file");
-                flock(&file, FlockOperation::NonBlockingLockExclusive).expect("no process has locked it");
+                let file = File::options()
+                    .read(true)
+                    .write(true)
+                    .open(path)
+                    .expect("a file");
+                flock(&file, FlockOperation::NonBlockingLockExclusive)
+                    .expect("no process has locked it");
                 let mut record = [0; RECORD.len()];
                 file.read_exact_at(&mut record, 0).expect("it has as much");
                 file.write_all_at(&record, 0).expect("there is room");
@@ -209,7 +266,13 @@ fn renewal(length: &Length) -> Vec<Row> {
         },
     );
     let bound = Bound::Time(Duration::from_micros(10));
-    vec![Row { name: "renewal, one of 1000".to_owned(), ours, peer: "its system calls alone", theirs, bound }]
+    vec![Row {
+        name: "renewal, one of 1000".to_owned(),
+        ours,
+        peer: "its system calls alone",
+        theirs,
+        bound,
+    }]
 }
 
 fn is_held(length: &Length) -> Vec<Row> {
@@ -219,9 +282,19 @@ fn is_held(length: &Length) -> Vec<Row> {
     let [ours, theirs] = alternate(
         blocks,
         || each(count, || assert!((0..1000).all(|_| guard.is_held()))),
-        || Some(each(count, || (0..1000).for_each(|_| _ = black_box(clock_gettime(ClockId::Boottime))))),
+        || {
+            Some(each(count, || {
+                (0..1000).for_each(|_| _ = black_box(clock_gettime(ClockId::Boottime)))
+            }))
+        },
     );
-    vec![Row { name: "1000 times is_held".to_owned(), ours, peer: "reading the clock", theirs, bound: Bound::None }]
+    vec![Row {
+        name: "1000 times is_held".to_owned(),
+        ours,
+        peer: "reading the clock",
+        theirs,
+        bound: Bound::None,
+    }]
 }
 
 /// Acquires, runs the closure as the holder, and releases.
@@ -252,8 +325,13 @@ const HAND_OVER: [(&str, Open); 2] = [
 
 /// Acts as a child: acquires on each line from the parent, and reports the time of the acquisition.
 fn waiter(part: &[String]) {
-    let [kind, directory] = part else { panic!("a child needs its part") };
-    let (_, open) = HAND_OVER.iter().find(|(name, _)| name == kind).expect("the parent knows the same kinds");
+    let [kind, directory] = part else {
+        panic!("a child needs its part")
+    };
+    let (_, open) = HAND_OVER
+        .iter()
+        .find(|(name, _)| name == kind)
+        .expect("the parent knows the same kinds");
     let mut hold = open(directory.as_ref());
     let mut parent = Peer::parent();
     loop {
@@ -266,9 +344,17 @@ fn waiter(part: &[String]) {
 
 fn hand_over(length: &Length) -> Vec<Row> {
     let directory = in_memory();
-    let path = directory.path().to_str().expect("the directory's path is UTF-8");
-    let mut contenders =
-        HAND_OVER.map(|(kind, open)| (open(directory.path()), Peer::spawn(&[kind, path]), Vec::<Duration>::new()));
+    let path = directory
+        .path()
+        .to_str()
+        .expect("the directory's path is UTF-8");
+    let mut contenders = HAND_OVER.map(|(kind, open)| {
+        (
+            open(directory.path()),
+            Peer::spawn(&[kind, path]),
+            Vec::<Duration>::new(),
+        )
+    });
     for round in 0..length.hand_overs {
         for (hold, waiter, times) in &mut contenders {
             let mut released = 0;
@@ -280,14 +366,28 @@ fn hand_over(length: &Length) -> Vec<Row> {
                 released = now();
             });
             let [acquired] = waiter.receive_numbers();
-            times.push(Duration::from_nanos(acquired.checked_sub(released).expect("one at a time holds it")));
+            times.push(Duration::from_nanos(
+                acquired
+                    .checked_sub(released)
+                    .expect("one at a time holds it"),
+            ));
         }
     }
-    let [[ours, our_longest], [theirs, their_longest]] = contenders
-        .map(|(.., mut times)| [table::median(&mut times), table::quantile(&mut times, 1.0)].map(Value::Time));
+    let [[ours, our_longest], [theirs, their_longest]] = contenders.map(|(.., mut times)| {
+        [table::median(&mut times), table::quantile(&mut times, 1.0)].map(Value::Time)
+    });
     let bound = Bound::Time(Duration::from_millis(5));
-    let row = |what, ours, theirs| Row { name: format!("hand-over, {what}"), ours, peer: "flock", theirs, bound };
-    vec![row("median", ours, theirs), row("longest", our_longest, their_longest)]
+    let row = |what, ours, theirs| Row {
+        name: format!("hand-over, {what}"),
+        ours,
+        peer: "flock",
+        theirs,
+        bound,
+    };
+    vec![
+        row("median", ours, theirs),
+        row("longest", our_longest, their_longest),
+    ]
 }
 
 fn thousand(length: &Length) -> Vec<Row> {
@@ -295,12 +395,15 @@ fn thousand(length: &Length) -> Vec<Row> {
     let mut filelock = Filelock::start();
     let (mut ours, mut theirs) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
     let note = |all: &mut [Vec<Duration>; 2], times: [Duration; 2]| {
-        all.iter_mut().zip(times).for_each(|(all, time)| all.push(time));
+        all.iter_mut()
+            .zip(times)
+            .for_each(|(all, time)| all.push(time));
     };
     for _ in 0..rounds {
         let directory = in_memory();
-        let leases: Vec<Lease> =
-            (0..count).map(|number| lease(directory.path().join(format!("ours-{number}")))).collect();
+        let leases: Vec<Lease> = (0..count)
+            .map(|number| lease(directory.path().join(format!("ours-{number}"))))
+            .collect();
         let start = Instant::now();
         let guards: Vec<LeaseGuard> = leases.iter().map(acquire).collect();
         let acquired = start.elapsed();
@@ -310,16 +413,30 @@ fn thousand(length: &Length) -> Vec<Row> {
             note(&mut theirs, filelock.many(directory.path(), count));
         }
     }
-    let names = [format!("acquire {count} leases, new files"), format!("drop {count} leases")];
+    let names = [
+        format!("acquire {count} leases, new files"),
+        format!("drop {count} leases"),
+    ];
     let value = |mut times: Vec<Duration>| match times.is_empty() {
         true => Value::None,
         false => Value::Time(table::median(&mut times)),
     };
-    let rows = names.into_iter().zip(ours.map(value)).zip(theirs.map(value));
-    rows.map(|((name, ours), theirs)| Row { name, ours, peer: Filelock::NAME, theirs, bound: Bound::None }).collect()
+    let rows = names
+        .into_iter()
+        .zip(ours.map(value))
+        .zip(theirs.map(value));
+    rows.map(|((name, ours), theirs)| Row {
+        name,
+        ours,
+        peer: Filelock::NAME,
+        theirs,
+        bound: Bound::None,
+    })
+    .collect()
 }
 
-/// Sleeps for `span`, and returns the longest time that this program did not run, by the clock that leases use.
+/// Sleeps for `span`, and returns the longest time that this program did not run, by the clock that
+/// leases use.
 fn longest_stop(span: Duration) -> Duration {
     const CHECK_INTERVAL: Duration = Duration::from_millis(50);
     let start = SystemClock.now();
@@ -345,13 +462,20 @@ fn many(length: &Length) -> Vec<Row> {
         .collect();
     // From here on every lease has a heartbeat.
     thread::sleep(HEARTBEAT);
-    let used = || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("it is not negative");
+    let used =
+        || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("it is not negative");
     let (start, before) = (Instant::now(), used());
     let stopped = longest_stop(span);
     let share = (used() - before).as_secs_f64() / start.elapsed().as_secs_f64();
     // This thread is not counted.
-    let threads = fs::read_dir("/proc/self/task").expect("/proc shows the threads").count() - 1;
-    let lost: Vec<_> = guards.iter().filter_map(|guard| guard.check().err()).collect();
+    let threads = fs::read_dir("/proc/self/task")
+        .expect("/proc shows the threads")
+        .count()
+        - 1;
+    let lost: Vec<_> = guards
+        .iter()
+        .filter_map(|guard| guard.check().err())
+        .collect();
     if let Some(first) = lost.first() {
         println!("  {first}");
     }
@@ -362,12 +486,23 @@ fn many(length: &Length) -> Vec<Row> {
     }
     let row = |what: &str, ours, bound| {
         let name = format!("{count} leases renewed each second, {what}");
-        Row { name, ours, peer: "-", theirs: Value::None, bound }
+        Row {
+            name,
+            ours,
+            peer: "-",
+            theirs: Value::None,
+            bound,
+        }
     };
     vec![
         row("processor", Value::Share(share), Bound::Share(0.15)),
-        // One thread renews. The watchdog sleeps, and checks periodically whether the first is stuck in a request.
-        row("threads with the watchdog", Value::Count(threads), Bound::Count(2)),
+        // One thread renews. The watchdog sleeps, and checks periodically whether the first is
+        // stuck in a request.
+        row(
+            "threads with the watchdog",
+            Value::Count(threads),
+            Bound::Count(2),
+        ),
         row("lost", Value::Count(lost.len()), Bound::Count(0)),
     ]
 }

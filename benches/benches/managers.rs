@@ -1,21 +1,24 @@
-//! Measures lock managers in shared memory, compared with a robust, process-shared pthread mutex, the closest
-//! equivalent in C.
+//! Measures lock managers in shared memory, compared with a robust, process-shared pthread mutex,
+//! the closest equivalent in C.
 //!
 //! - *Uncontended*: acquire and release a lock without contention.
 //! - *Allocate*: allocate and free a lock, in a table that is nearly full and in an empty table.
 //! - *Open*: open an existing table and attach a forked child to it, for a large and a small table.
-//! - *Death*: a holder is killed while another process waits. The time runs from just before the kill.
-//! - *Contended*: many processes acquire one lock repeatedly. The results are the number of acquisitions and the
-//!   longest wait of any process. The measurement starts when all processes have run for a moment and the kernel has
-//!   spread them over the processors.
+//! - *Death*: a holder is killed while another process waits. The time runs from just before the
+//!   kill.
+//! - *Contended*: many processes acquire one lock repeatedly. The results are the number of
+//!   acquisitions and the longest wait of any process. The measurement starts when all processes
+//!   have run for a moment and the kernel has spread them over the processors.
 //!
-//! Two processes have a processor each, and still the system pauses each of them now and then. The longest pause is
-//! measured with two processes that take no lock. No process gets a lock whose holder is paused, or while it is paused
-//! itself. So no lock's longest wait is shorter than such a pause. The mutex's wait is hardly longer if the hold time
-//! is zero. So for two processes the bound applies to the part of our wait beyond such a pause.
+//! Two processes have a processor each, and still the system pauses each of them now and then. The
+//! longest pause is measured with two processes that take no lock. No process gets a lock whose
+//! holder is paused, or while it is paused itself. So no lock's longest wait is shorter than such a
+//! pause. The mutex's wait is hardly longer if the hold time is zero. So for two processes the
+//! bound applies to the part of our wait beyond such a pause.
 //!
-//! Ours and the peer alternate, so that both see the same machine. Workers are forked and not started as new programs,
-//! because the mutex is in memory without a name. Each worker counts in shared memory.
+//! Ours and the peer alternate, so that both see the same machine. Workers are forked and not
+//! started as new programs, because the mutex is in memory without a name. Each worker counts in
+//! shared memory.
 
 use std::hint::black_box;
 use std::mem::MaybeUninit;
@@ -37,8 +40,18 @@ struct Length {
     crowd: (u32, Duration),
 }
 
-const FULL: Length = Length { blocks: (15, 300), opens: 50, deaths: 200, crowd: (7, Duration::from_secs(2)) };
-const QUICK: Length = Length { blocks: (3, 20), opens: 5, deaths: 10, crowd: (1, Duration::from_millis(100)) };
+const FULL: Length = Length {
+    blocks: (15, 300),
+    opens: 50,
+    deaths: 200,
+    crowd: (7, Duration::from_secs(2)),
+};
+const QUICK: Length = Length {
+    blocks: (3, 20),
+    opens: 5,
+    deaths: 10,
+    crowd: (1, Duration::from_millis(100)),
+};
 
 const EXPERIMENTS: [Experiment<Length>; 5] = [
     ("managers/uncontended", uncontended),
@@ -72,12 +85,19 @@ impl Drop for Table {
 
 /// Maps memory that forked children share.
 fn shared<T>() -> &'static T {
-    // SAFETY: a fresh, zeroed mapping of the right length, aligned to a page, never unmapped; every `T` here is made of
-    // atomics or initialised through its pointer before use.
+    // SAFETY: a fresh, zeroed mapping of the right length, aligned to a page, never unmapped; every
+    // `T` here is made of atomics or initialised through its pointer before use.
     unsafe {
         let length = size_of::<T>();
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let start = libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1, 0);
+        let start = libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            protection,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        );
         assert_ne!(start, libc::MAP_FAILED);
         &*start.cast::<T>()
     }
@@ -92,10 +112,14 @@ impl Robust {
         let mutex: &MaybeUninit<libc::pthread_mutex_t> = shared();
         let mutex = mutex.as_ptr().cast_mut();
         let mut attributes = MaybeUninit::uninit();
-        // SAFETY: the attributes are initialised before they are used, the mutex by `pthread_mutex_init`.
+        // SAFETY: the attributes are initialised before they are used, the mutex by
+        // `pthread_mutex_init`.
         unsafe {
             libc::pthread_mutexattr_init(attributes.as_mut_ptr());
-            libc::pthread_mutexattr_setpshared(attributes.as_mut_ptr(), libc::PTHREAD_PROCESS_SHARED);
+            libc::pthread_mutexattr_setpshared(
+                attributes.as_mut_ptr(),
+                libc::PTHREAD_PROCESS_SHARED,
+            );
             libc::pthread_mutexattr_setrobust(attributes.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST);
             assert_eq!(libc::pthread_mutex_init(mutex, attributes.as_ptr()), 0);
         }
@@ -149,8 +173,8 @@ impl Mutex for Nothing {
     }
 }
 
-/// Returns the duration of a thousand operations, averaged over `count` thousands. A `Duration` is too coarse for one
-/// operation.
+/// Returns the duration of a thousand operations, averaged over `count` thousands. A `Duration` is
+/// too coarse for one operation.
 fn thousand(count: u32, mut work: impl FnMut()) -> Duration {
     let start = Instant::now();
     for _ in 0..count * 1000 {
@@ -160,7 +184,11 @@ fn thousand(count: u32, mut work: impl FnMut()) -> Duration {
 }
 
 /// Returns the medians of two kinds of alternating blocks.
-fn alternate(blocks: u32, mut ours: impl FnMut() -> Duration, mut theirs: impl FnMut() -> Duration) -> [Value; 2] {
+fn alternate(
+    blocks: u32,
+    mut ours: impl FnMut() -> Duration,
+    mut theirs: impl FnMut() -> Duration,
+) -> [Value; 2] {
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..blocks {
         times[0].push(ours());
@@ -179,7 +207,13 @@ fn uncontended(length: &Length) -> Vec<Row> {
         || thousand(count, || robust.with(|| _ = black_box(0))),
     );
     let name = "1000 times lock and unlock".to_owned();
-    vec![Row { name, ours, peer: ROBUST, theirs, bound: Bound::Ratio(1.5) }]
+    vec![Row {
+        name,
+        ours,
+        peer: ROBUST,
+        theirs,
+        bound: Bound::Ratio(1.5),
+    }]
 }
 
 fn allocate(length: &Length) -> Vec<Row> {
@@ -187,14 +221,29 @@ fn allocate(length: &Length) -> Vec<Row> {
     let mut rows = Vec::new();
     for capacity in [2048, 1_000_000] {
         let (table, empty) = (Table::new(capacity), Table::new(capacity));
-        let cycle = |table: &Table| thousand(count, || table.0.allocate().expect("a lock").free().expect("allocated"));
+        let cycle = |table: &Table| {
+            thousand(count, || {
+                table
+                    .0
+                    .allocate()
+                    .expect("a lock")
+                    .free()
+                    .expect("allocated")
+            })
+        };
         for _ in 1..capacity {
             table.0.allocate().expect("a lock");
         }
         let [full, fresh] = alternate(blocks, || cycle(&table), || cycle(&empty));
         let bound = Bound::Time(Duration::from_micros(60));
         let name = format!("1000 allocate and free of {capacity}, empty");
-        rows.push(Row { name, ours: fresh, peer: "nearly full table", theirs: full, bound });
+        rows.push(Row {
+            name,
+            ours: fresh,
+            peer: "nearly full table",
+            theirs: full,
+            bound,
+        });
         // The two locks are far apart, so that the allocation hint is wrong each time.
         let far = [capacity - 1, 7].map(|id| table.0.retrieve(id).expect("a lock"));
         let _ = far[0].free();
@@ -207,19 +256,26 @@ fn allocate(length: &Length) -> Vec<Row> {
             })
         };
         let [apart, fresh_again] = alternate(blocks, apart, || cycle(&empty));
-        for (what, ours, theirs, bound) in
-            [("1 left", full, fresh, bound), ("2 far apart", apart, fresh_again, Bound::None)]
-        {
+        for (what, ours, theirs, bound) in [
+            ("1 left", full, fresh, bound),
+            ("2 far apart", apart, fresh_again, Bound::None),
+        ] {
             let name = format!("1000 allocate and free of {capacity}, {what}");
-            rows.push(Row { name, ours, peer: "empty table", theirs, bound });
+            rows.push(Row {
+                name,
+                ours,
+                peer: "empty table",
+                theirs,
+                bound,
+            });
         }
     }
     rows.push(allocate_in_directories(blocks, count));
     rows
 }
 
-/// Measures the same for locks in files: with a newly opened manager, in a directory with many allocated locks and in
-/// an empty one.
+/// Measures the same for locks in files: with a newly opened manager, in a directory with many
+/// allocated locks and in an empty one.
 fn allocate_in_directories(blocks: u32, count: u32) -> Row {
     const MANY: u32 = 10_000;
     let directories = [MANY, 0].map(|allocated| {
@@ -231,14 +287,25 @@ fn allocate_in_directories(blocks: u32, count: u32) -> Row {
     let cycle = |at: usize| {
         let start = Instant::now();
         for _ in 0..count {
-            let manager = FileLockManager::open(directories[at].path().join("table")).expect("a table");
-            manager.allocate().expect("a lock").free().expect("allocated");
+            let manager =
+                FileLockManager::open(directories[at].path().join("table")).expect("a table");
+            manager
+                .allocate()
+                .expect("a lock")
+                .free()
+                .expect("allocated");
         }
         start.elapsed() / count
     };
     let [ours, theirs] = alternate(blocks, || cycle(0), || cycle(1));
     let name = format!("open, allocate and free in a directory of {MANY}");
-    Row { name, ours, peer: "an empty one", theirs, bound: Bound::Ratio(1.5) }
+    Row {
+        name,
+        ours,
+        peer: "an empty one",
+        theirs,
+        bound: Bound::Ratio(1.5),
+    }
 }
 
 fn open(length: &Length) -> Vec<Row> {
@@ -266,11 +333,21 @@ fn open(length: &Length) -> Vec<Row> {
     let (large, small) = (1_000_000, 2048);
     let row = |what: &str, [ours, theirs]: [Value; 2], bound| {
         let name = format!("{what} a table of {large}");
-        Row { name, ours, peer: "one of 2048", theirs, bound }
+        Row {
+            name,
+            ours,
+            peer: "one of 2048",
+            theirs,
+            bound,
+        }
     };
     let (large_table, small_table) = (Table::new(large), Table::new(small));
     let open = alternate(length.opens, || opened(large), || opened(small));
-    let attach = alternate(length.opens, || attached(&large_table), || attached(&small_table));
+    let attach = alternate(
+        length.opens,
+        || attached(&large_table),
+        || attached(&small_table),
+    );
     vec![
         row("open", open, Bound::Time(Duration::from_micros(60))),
         row("attach a forked child to", attach, Bound::None),
@@ -281,7 +358,8 @@ fn open(length: &Length) -> Vec<Row> {
 struct Child(libc::pid_t);
 
 fn fork(work: impl FnOnce()) -> Child {
-    // SAFETY: this program has one thread; the child runs `work` and ends without unwinding into the parent's frames.
+    // SAFETY: this program has one thread; the child runs `work` and ends without unwinding into
+    // the parent's frames.
     match unsafe { libc::fork() } {
         0 => {
             work();
@@ -312,7 +390,8 @@ struct Stages {
     acquired: AtomicU64,
 }
 
-/// Measures the time from the holder's death to the waiter's acquisition. The waiter has waited for `age` at the kill.
+/// Measures the time from the holder's death to the waiter's acquisition. The waiter has waited for
+/// `age` at the kill.
 fn takeover(mutex: impl Mutex, stages: &Stages, age: Duration) -> Duration {
     let until = |stage: &AtomicBool| {
         while !stage.load(Ordering::SeqCst) {
@@ -352,15 +431,32 @@ fn death(length: &Length) -> Vec<Row> {
         times[0].push(takeover(&lock, stages, age));
         times[1].push(takeover(robust, stages, age));
     }
-    let [[ours, our_longest], [theirs, their_longest]] =
-        times.map(|mut times| [table::median(&mut times), table::quantile(&mut times, 1.0)].map(Value::Time));
+    let [[ours, our_longest], [theirs, their_longest]] = times.map(|mut times| {
+        [table::median(&mut times), table::quantile(&mut times, 1.0)].map(Value::Time)
+    });
     let row = |what, ours, theirs, bound| {
         let name = format!("after SIGKILL of the holder, {what}");
-        Row { name, ours, peer: ROBUST, theirs, bound }
+        Row {
+            name,
+            ours,
+            peer: ROBUST,
+            theirs,
+            bound,
+        }
     };
     vec![
-        row("median", ours, theirs, Bound::Time(Duration::from_millis(3))),
-        row("longest", our_longest, their_longest, Bound::Time(Duration::from_millis(10))),
+        row(
+            "median",
+            ours,
+            theirs,
+            Bound::Time(Duration::from_millis(3)),
+        ),
+        row(
+            "longest",
+            our_longest,
+            their_longest,
+            Bound::Time(Duration::from_millis(10)),
+        ),
     ]
 }
 
@@ -374,9 +470,14 @@ struct Counters {
 }
 
 /// Returns the acquisitions per second, and the longest wait.
-fn contend<M: Mutex>(mutex: M, processes: usize, hold: Duration, span: Duration) -> (f64, Duration) {
-    /// The crowd first runs for this fraction (1/`SETTLE_FRACTION`) of the span. Meanwhile the kernel moves processes that it
-    /// has put on one processor.
+fn contend<M: Mutex>(
+    mutex: M,
+    processes: usize,
+    hold: Duration,
+    span: Duration,
+) -> (f64, Duration) {
+    /// The crowd first runs for this fraction (1/`SETTLE_FRACTION`) of the span. Meanwhile the
+    /// kernel moves processes that it has put on one processor.
     const SETTLE_FRACTION: u32 = 10;
     let counters: &Counters = shared();
     let workers: Vec<Child> = (0..processes)
@@ -398,7 +499,8 @@ fn contend<M: Mutex>(mutex: M, processes: usize, hold: Duration, span: Duration)
                     done += 1;
                     let then = now();
                     if M::IS_NOTHING {
-                        longest = longest.max((then - since).saturating_sub(hold.as_nanos() as u64));
+                        longest =
+                            longest.max((then - since).saturating_sub(hold.as_nanos() as u64));
                     }
                     since = then;
                 }
@@ -418,7 +520,10 @@ fn contend<M: Mutex>(mutex: M, processes: usize, hold: Duration, span: Duration)
         worker.join();
     }
     let rate = counters.done.load(Ordering::Relaxed) as f64 / elapsed.as_secs_f64();
-    (rate, Duration::from_nanos(counters.longest.load(Ordering::Relaxed)))
+    (
+        rate,
+        Duration::from_nanos(counters.longest.load(Ordering::Relaxed)),
+    )
 }
 
 fn contended(length: &Length) -> Vec<Row> {
@@ -439,13 +544,22 @@ fn contended(length: &Length) -> Vec<Row> {
             let medians = |runs: Vec<(f64, Duration)>| {
                 let (mut rates, mut waits): (Vec<f64>, Vec<Duration>) = runs.into_iter().unzip();
                 rates.sort_by(f64::total_cmp);
-                (Value::Rate(rates[rates.len() / 2]), table::median(&mut waits))
+                (
+                    Value::Rate(rates[rates.len() / 2]),
+                    table::median(&mut waits),
+                )
             };
             let [ours, theirs, alone] = runs;
             let ((our_rate, our_wait), (rate, wait)) = (medians(ours), medians(theirs));
             let mut row = |what, ours, peer, theirs, bound| {
                 let name = format!("{processes} processes hold {} us, {what}", hold.as_micros());
-                rows.push(Row { name, ours, peer, theirs, bound });
+                rows.push(Row {
+                    name,
+                    ours,
+                    peer,
+                    theirs,
+                    bound,
+                });
             };
             row("throughput", our_rate, ROBUST, rate, Bound::AtLeast(0.8));
             let half = Bound::Ratio(0.5);
@@ -455,9 +569,21 @@ fn contended(length: &Length) -> Vec<Row> {
             } else {
                 let pause = medians(alone).1;
                 row("longest wait", waits[0], ROBUST, waits[1], Bound::None);
-                row("longest wait compared with a pause", waits[0], "no lock", Value::Time(pause), Bound::None);
+                row(
+                    "longest wait compared with a pause",
+                    waits[0],
+                    "no lock",
+                    Value::Time(pause),
+                    Bound::None,
+                );
                 let beyond = Value::Time(our_wait.saturating_sub(pause));
-                row("longest wait beyond a pause", beyond, ROBUST, waits[1], half);
+                row(
+                    "longest wait beyond a pause",
+                    beyond,
+                    ROBUST,
+                    waits[1],
+                    half,
+                );
             }
         }
     }

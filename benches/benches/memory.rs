@@ -1,7 +1,8 @@
-//! Measures the memory cost of a lock: heap bytes and descriptors of this process, for a free lock and for a held lock.
-//! The kernel's memory for a descriptor is not counted.
+//! Measures the memory cost of a lock: heap bytes and descriptors of this process, for a free lock
+//! and for a held lock. The kernel's memory for a descriptor is not counted.
 //!
-//! The peers are the same libraries as in `uncontended`. The result is the average over a thousand locks.
+//! The peers are the same libraries as in `uncontended`. The result is the average over a thousand
+//! locks.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::any::Any;
@@ -45,7 +46,9 @@ struct Cost {
 }
 
 fn descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").expect("the process has descriptors").count()
+    std::fs::read_dir("/proc/self/fd")
+        .expect("the process has descriptors")
+        .count()
 }
 
 /// Measures the average cost of the values that `make` returns.
@@ -56,7 +59,10 @@ fn cost(make: &mut dyn FnMut(usize) -> Box<dyn Any>) -> Cost {
     let before = (IN_USE.load(Ordering::Relaxed), descriptors());
     kept.extend((0..MANY).map(make));
     let after = (IN_USE.load(Ordering::Relaxed), descriptors());
-    Cost { bytes: (after.0 - before.0) / MANY, descriptors: (after.1 - before.1) / MANY }
+    Cost {
+        bytes: (after.0 - before.0) / MANY,
+        descriptors: (after.1 - before.1) / MANY,
+    }
 }
 
 /// A lock, free and held.
@@ -72,11 +78,18 @@ fn contender<L: 'static, G: 'static>(
     hold: impl Fn(L) -> G + 'static,
 ) -> Contender {
     let make = new.clone();
-    Contender { name, free: Box::new(move |at| Box::new(make(at))), held: Box::new(move |at| Box::new(hold(new(at)))) }
+    Contender {
+        name,
+        free: Box::new(move |at| Box::new(make(at))),
+        held: Box::new(move |at| Box::new(hold(new(at)))),
+    }
 }
 
 /// Returns a function from a number to a path in the directory.
-fn numbered_path(directory: &Path, name: &'static str) -> impl Fn(usize) -> PathBuf + Clone + use<> {
+fn numbered_path(
+    directory: &Path,
+    name: &'static str,
+) -> impl Fn(usize) -> PathBuf + Clone + use<> {
     let directory = directory.to_owned();
     move |at| directory.join(format!("{name}-{at}"))
 }
@@ -95,12 +108,19 @@ fn names_and_files(directory: &Path) -> Vec<(Contender, Contender)> {
                 "single-instance",
                 |_| (),
                 |()| {
-                    single_instance::SingleInstance::new(&format!("lockkit-{}", IN_USE.fetch_add(0, Ordering::Relaxed)))
+                    single_instance::SingleInstance::new(&format!(
+                        "lockkit-{}",
+                        IN_USE.fetch_add(0, Ordering::Relaxed)
+                    ))
                 },
             ),
         ),
         (
-            contender("FileLock", move |at| FileLock::new(file(at)), |lock| (lock.lock().expect("free"), lock)),
+            contender(
+                "FileLock",
+                move |at| FileLock::new(file(at)),
+                |lock| (lock.lock().expect("free"), lock),
+            ),
             contender(
                 "fd-lock",
                 move |at| fd_lock::RwLock::new(File::create(fd(at)).expect("room")),
@@ -148,7 +168,11 @@ fn pidfiles_leases_and_tables(directory: &Path) -> Vec<(Contender, Contender)> {
                 move |_| table.allocate().expect("a lock"),
                 |lock| (lock.lock().expect("free"), lock),
             ),
-            contender("parking_lot", |_| parking_lot::Mutex::new(0_u8), |lock| lock),
+            contender(
+                "parking_lot",
+                |_| parking_lot::Mutex::new(0_u8),
+                |lock| lock,
+            ),
         ),
     ]
 }
@@ -160,12 +184,14 @@ fn main() {
     let _exclusive = lockkit_benches::exclusive_run();
     let directory = tempfile::tempdir_in("/dev/shm").expect("memory to make files in");
     let mut rows = Vec::new();
-    for (mut ours, mut peer) in
-        names_and_files(directory.path()).into_iter().chain(pidfiles_leases_and_tables(directory.path()))
+    for (mut ours, mut peer) in names_and_files(directory.path())
+        .into_iter()
+        .chain(pidfiles_leases_and_tables(directory.path()))
     {
-        for (state, ours_cost, peer_cost) in
-            [("free", cost(&mut ours.free), cost(&mut peer.free)), ("held", cost(&mut ours.held), cost(&mut peer.held))]
-        {
+        for (state, ours_cost, peer_cost) in [
+            ("free", cost(&mut ours.free), cost(&mut peer.free)),
+            ("held", cost(&mut ours.held), cost(&mut peer.held)),
+        ] {
             let row = |what: &str, ours_value, theirs| Row {
                 name: format!("{}, {state}, {what}", ours.name),
                 ours: ours_value,
@@ -173,8 +199,16 @@ fn main() {
                 theirs,
                 bound: Bound::None,
             };
-            rows.push(row("bytes", Value::Count(ours_cost.bytes), Value::Count(peer_cost.bytes)));
-            rows.push(row("descriptors", Value::Count(ours_cost.descriptors), Value::Count(peer_cost.descriptors)));
+            rows.push(row(
+                "bytes",
+                Value::Count(ours_cost.bytes),
+                Value::Count(peer_cost.bytes),
+            ));
+            rows.push(row(
+                "descriptors",
+                Value::Count(ours_cost.descriptors),
+                Value::Count(peer_cost.descriptors),
+            ));
         }
     }
     table::print(&rows);

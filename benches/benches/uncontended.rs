@@ -1,8 +1,10 @@
-//! Measures acquire and release of a lock without contention, and status queries, compared with the peers.
+//! Measures acquire and release of a lock without contention, and status queries, compared with the
+//! peers.
 //!
-//! Criterion runs every contender separately. On a machine whose speed changes from second to second, numbers that were
-//! measured in sequence give no ratio. So the contenders of a comparison are then measured again in short alternating
-//! blocks, and the table shows the medians of these blocks.
+//! Criterion runs every contender separately. On a machine whose speed changes from second to
+//! second, numbers that were measured in sequence give no ratio. So the contenders of a comparison
+//! are then measured again in short alternating blocks, and the table shows the medians of these
+//! blocks.
 //!
 //! To add a row, add a contender or a comparison in [`comparisons`].
 
@@ -12,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
 use lockkit::instance::Instance;
-use lockkit::{Backend, FileLock, FileLockManager, InMemoryLockManager, LockManager, NamedLock, PidFile};
+use lockkit::{
+    Backend, FileLock, FileLockManager, InMemoryLockManager, LockManager, NamedLock, PidFile,
+};
 use lockkit_benches::arguments;
 use lockkit_benches::table::{self, Bound, Row, Value};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -30,7 +34,10 @@ fn comparisons(directory: &Path) -> Vec<Comparison> {
     vec![
         Comparison {
             ours: named("NamedLock", Backend::Auto),
-            peers: vec![(bare_socket(), Bound::Ratio(1.2)), (single_instance(), Bound::Ratio(1.2))],
+            peers: vec![
+                (bare_socket(), Bound::Ratio(1.2)),
+                (single_instance(), Bound::Ratio(1.2)),
+            ],
         },
         Comparison {
             ours: file_lock(&file("file-lock")),
@@ -47,19 +54,34 @@ fn comparisons(directory: &Path) -> Vec<Comparison> {
                 (fslock_with_pid(&file("fslock.pid")), Bound::Ratio(0.2)),
                 (pidlock(&file("pidlock.pid")), Bound::None),
                 (gix_lock(&file("gix-lock")), Bound::None),
-                (file_written_and_removed(&file("bare.pid")), Bound::Time(Duration::from_micros(40))),
+                (
+                    file_written_and_removed(&file("bare.pid")),
+                    Bound::Time(Duration::from_micros(40)),
+                ),
             ],
         },
         Comparison {
             ours: inspect(&file("held.pid")),
-            peers: vec![(file_read(&file("read.pid")), Bound::Time(Duration::from_micros(60)))],
+            peers: vec![(
+                file_read(&file("read.pid")),
+                Bound::Time(Duration::from_micros(60)),
+            )],
         },
         Comparison {
             ours: in_directory(&file("directory")),
-            peers: vec![(fd_lock(&file("fd-lock")), Bound::None), (fslock(&file("fslock")), Bound::None)],
+            peers: vec![
+                (fd_lock(&file("fd-lock")), Bound::None),
+                (fslock(&file("fslock")), Bound::None),
+            ],
         },
-        Comparison { ours: first_instance(), peers: vec![(single_instance(), Bound::None)] },
-        Comparison { ours: in_memory(), peers: vec![(parking_lot(), Bound::None)] },
+        Comparison {
+            ours: first_instance(),
+            peers: vec![(single_instance(), Bound::None)],
+        },
+        Comparison {
+            ours: in_memory(),
+            peers: vec![(parking_lot(), Bound::None)],
+        },
         Comparison {
             ours: named("NamedLock, Backend::File", Backend::File),
             peers: vec![
@@ -101,29 +123,37 @@ fn first_instance() -> Contender {
     })
 }
 
-/// The cost for a test that uses this manager instead of a table in shared memory. The manager records the holder of
-/// each lock.
+/// The cost for a test that uses this manager instead of a table in shared memory. The manager
+/// records the holder of each lock.
 fn in_memory() -> Contender {
     let lock = InMemoryLockManager::new(8).unwrap().allocate().unwrap();
-    Contender::new("InMemoryLockManager's lock", move || drop(lock.lock().unwrap()))
+    Contender::new("InMemoryLockManager's lock", move || {
+        drop(lock.lock().unwrap())
+    })
 }
 
 fn parking_lot() -> Contender {
     let lock = parking_lot::Mutex::new(());
-    Contender::new("parking_lot", move || drop(std::hint::black_box(&lock).lock()))
+    Contender::new("parking_lot", move || {
+        drop(std::hint::black_box(&lock).lock())
+    })
 }
 
 /// Inspects a file that a living process wrote without lockkit, which is the most expensive case.
 fn inspect(path: &Path) -> Contender {
     std::fs::write(path, format!("{}\n", std::process::id())).unwrap();
     let path = path.to_owned();
-    Contender::new("PidFile::inspect", move || drop(PidFile::inspect(&path).unwrap()))
+    Contender::new("PidFile::inspect", move || {
+        drop(PidFile::inspect(&path).unwrap())
+    })
 }
 
 fn file_read(path: &Path) -> Contender {
     std::fs::write(path, format!("{}\n", std::process::id())).unwrap();
     let path = path.to_owned();
-    Contender::new("reading a file", move || drop(std::fs::read(&path).unwrap()))
+    Contender::new("reading a file", move || {
+        drop(std::fs::read(&path).unwrap())
+    })
 }
 
 /// Measures a pidfile without any lock.
@@ -140,7 +170,8 @@ fn bare_socket() -> Contender {
     let address = SocketAddrUnix::new_abstract_name(b"lockkit-bench-bare-socket").unwrap();
     Contender::new("bare socket", move || {
         let flags = SocketFlags::CLOEXEC;
-        let socket = net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let socket =
+            net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
         net::bind(&socket, &address).unwrap();
         net::listen(&socket, 4096).unwrap();
     })
@@ -148,7 +179,8 @@ fn bare_socket() -> Contender {
 
 fn single_instance() -> Contender {
     Contender::new("single-instance", || {
-        let instance = single_instance::SingleInstance::new("lockkit-bench-single-instance").unwrap();
+        let instance =
+            single_instance::SingleInstance::new("lockkit-bench-single-instance").unwrap();
         assert!(instance.is_single());
     })
 }
@@ -193,7 +225,15 @@ fn pidlock(path: &Path) -> Contender {
 fn gix_lock(path: &Path) -> Contender {
     let path = path.to_owned();
     Contender::new("gix-lock", move || {
-        drop(gix_lock::Marker::acquire_to_hold_resource(&path, gix_lock::acquire::Fail::Immediately, None, 0).unwrap());
+        drop(
+            gix_lock::Marker::acquire_to_hold_resource(
+                &path,
+                gix_lock::acquire::Fail::Immediately,
+                None,
+                0,
+            )
+            .unwrap(),
+        );
     })
 }
 
@@ -216,7 +256,8 @@ fn fslock(path: &Path) -> Contender {
 /// A lock to acquire and release.
 struct Contender {
     name: &'static str,
-    /// Runs so many cycles. The loop is inside the closure, so that the cost of the call does not count per cycle.
+    /// Runs so many cycles. The loop is inside the closure, so that the cost of the call does not
+    /// count per cycle.
     repeat: Box<dyn FnMut(u64)>,
 }
 
@@ -227,7 +268,10 @@ impl Contender {
                 cycle();
             }
         };
-        Self { name, repeat: Box::new(repeat) }
+        Self {
+            name,
+            repeat: Box::new(repeat),
+        }
     }
 
     fn time(&mut self, cycles: u64) -> Duration {
@@ -248,19 +292,27 @@ impl Contender {
 }
 
 impl Comparison {
-    /// Returns the rows for our lock and each of its peers, from blocks that alternate among all of them.
+    /// Returns the rows for our lock and each of its peers, from blocks that alternate among all of
+    /// them.
     fn rows(mut self, length: Length) -> Vec<Row> {
-        let mut contenders: Vec<&mut Contender> =
-            std::iter::once(&mut self.ours).chain(self.peers.iter_mut().map(|(peer, _)| peer)).collect();
+        let mut contenders: Vec<&mut Contender> = std::iter::once(&mut self.ours)
+            .chain(self.peers.iter_mut().map(|(peer, _)| peer))
+            .collect();
         let mut blocks = vec![Vec::new(); contenders.len()];
-        let slowest = contenders.iter_mut().map(|contender| contender.time(8) / 8).max().unwrap_or_default();
+        let slowest = contenders
+            .iter_mut()
+            .map(|contender| contender.time(8) / 8)
+            .max()
+            .unwrap_or_default();
         let cycles = (length.block.as_nanos() / slowest.as_nanos().max(1)).max(1) as u64;
         for _ in 0..length.blocks {
             for (contender, blocks) in contenders.iter_mut().zip(&mut blocks) {
                 blocks.push(contender.time(cycles));
             }
         }
-        let mut cycles = blocks.iter_mut().map(|blocks| Value::Time(table::median(blocks) / cycles as u32));
+        let mut cycles = blocks
+            .iter_mut()
+            .map(|blocks| Value::Time(table::median(blocks) / cycles as u32));
         let ours = cycles.next().expect("there is one of ours");
         self.peers
             .iter()
@@ -292,15 +344,23 @@ fn main() {
         .measurement_time(Duration::from_secs(2))
         .configure_from_args();
     let length = match arguments::is_quick() {
-        true => Length { blocks: 5, block: Duration::from_millis(1) },
-        false => Length { blocks: 150, block: Duration::from_millis(6) },
+        true => Length {
+            blocks: 5,
+            block: Duration::from_millis(1),
+        },
+        false => Length {
+            blocks: 150,
+            block: Duration::from_millis(6),
+        },
     };
 
     let mut rows = Vec::new();
     for mut comparison in comparisons(directory.path()) {
         let mut group = criterion.benchmark_group("uncontended");
         let ours = comparison.ours.bench(&mut group);
-        comparison.peers.retain_mut(|(peer, _)| peer.bench(&mut group));
+        comparison
+            .peers
+            .retain_mut(|(peer, _)| peer.bench(&mut group));
         group.finish();
         if ours {
             rows.extend(comparison.rows(length));

@@ -2,17 +2,18 @@
 
 use std::env;
 
-/// Returns whether to run a short check that everything works. The numbers of such a run are not meaningful.
+/// Returns whether to run a short check that everything works. The numbers of such a run are not
+/// meaningful.
 ///
-/// Only `cargo bench` passes `--bench`. Every other caller, such as `cargo test --benches`, wants to check that the
-/// program works. Criterion interprets it in the same way.
+/// Only `cargo bench` passes `--bench`. Every other caller, such as `cargo test --benches`, wants
+/// to check that the program works. Criterion interprets it in the same way.
 pub fn is_quick() -> bool {
     let is_given = |wanted: &str| env::args().any(|argument| argument == wanted);
     !is_given("--bench") || is_given("--quick") || is_given("--test")
 }
 
-/// Returns the text that the names of the benchmarks to run contain. The text is empty if all run. For programs that do
-/// not use criterion, which has many more options.
+/// Returns the text that the names of the benchmarks to run contain. The text is empty if all run.
+/// For programs that do not use criterion, which has many more options.
 ///
 /// # Panics
 /// If an option is unknown here.
@@ -21,7 +22,9 @@ pub fn filter() -> String {
     for argument in env::args().skip(1) {
         match &*argument {
             "--bench" | "--quick" | "--test" => {}
-            option if option.starts_with('-') => panic!("unknown option {option}: known are --quick and a filter"),
+            option if option.starts_with('-') => {
+                panic!("unknown option {option}: known are --quick and a filter")
+            }
             _ => filter = argument,
         }
     }

@@ -1,10 +1,12 @@
-//! The minimum cost of a lease on a server: only its requests, by the engine's plain client on open connections.
+//! The minimum cost of a lease on a server: only its requests, by the engine's plain client on open
+//! connections.
 //!
-//! The requests give other processes the same guarantees as ours. An acquisition succeeds if the name is free or its
-//! claim has expired, and returns a token that grows. A renewal extends the claim. A release frees the name and wakes
-//! the waiters. Renewal and release take effect only if the name still belongs to this claim. But no claim id
-//! distinguishes a repeated request from a new one. No record names the holder or its death. No wait has a limit. Only
-//! the waiting thread listens.
+//! The requests give other processes the same guarantees as ours. An acquisition succeeds if the
+//! name is free or its claim has expired, and returns a token that grows. A renewal extends the
+//! claim. A release frees the name and wakes the waiters. Renewal and release take effect only if
+//! the name still belongs to this claim. But no claim id distinguishes a repeated request from a
+//! new one. No record names the holder or its death. No wait has a limit. Only the waiting thread
+//! listens.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -26,7 +28,8 @@ pub trait BaselineClient: Send {
     fn release(&mut self);
     /// Subscribes to releases, on a connection of its own.
     fn listen(&mut self);
-    /// Requests the name. While another client holds it, waits for the notification of a release and requests again.
+    /// Requests the name. While another client holds it, waits for the notification of a release
+    /// and requests again.
     fn wait(&mut self);
 }
 
@@ -36,7 +39,11 @@ const TTL: u32 = 30_000_000;
 /// Returns a claim id that differs from all others.
 fn claim() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("{:016x}{:016x}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    format!(
+        "{:016x}{:016x}",
+        std::process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    )
 }
 
 /// On Redis: three scripts, and a channel.
@@ -76,7 +83,15 @@ impl Redis {
              return 1",
         ];
         let (scripts, name) = (scripts.map(Script::new), format!("bare:{{{name}}}"));
-        Self { port, connection: redis_at(port), scripts, name, claim: claim(), token: 0, subscription: None }
+        Self {
+            port,
+            connection: redis_at(port),
+            scripts,
+            name,
+            claim: claim(),
+            token: 0,
+            subscription: None,
+        }
     }
 }
 
@@ -88,20 +103,31 @@ fn redis_at(port: u16) -> Connection {
 impl BaselineClient for Redis {
     fn acquire(&mut self) -> bool {
         let mut call = self.scripts[0].key(&self.name);
-        let token: Option<u64> = call.arg(&self.claim).arg(TTL).invoke(&mut self.connection).expect("it answers");
+        let token: Option<u64> = call
+            .arg(&self.claim)
+            .arg(TTL)
+            .invoke(&mut self.connection)
+            .expect("it answers");
         self.token = token.unwrap_or(self.token);
         token.is_some()
     }
 
     fn renew(&mut self) {
         let mut call = self.scripts[1].key(&self.name);
-        let done = call.arg(&self.claim).arg(self.token).arg(TTL).invoke::<Option<u8>>(&mut self.connection);
+        let done = call
+            .arg(&self.claim)
+            .arg(self.token)
+            .arg(TTL)
+            .invoke::<Option<u8>>(&mut self.connection);
         done.expect("it answers").expect("it is held");
     }
 
     fn release(&mut self) {
         let mut call = self.scripts[2].key(&self.name);
-        let done = call.arg(&self.claim).arg(self.token).invoke::<Option<u8>>(&mut self.connection);
+        let done = call
+            .arg(&self.claim)
+            .arg(self.token)
+            .invoke::<Option<u8>>(&mut self.connection);
         done.expect("it answers").expect("it is held");
     }
 
@@ -114,7 +140,11 @@ impl BaselineClient for Redis {
 
     fn wait(&mut self) {
         while !self.acquire() {
-            self.subscription.as_mut().expect("it listens").get_message().expect("it runs");
+            self.subscription
+                .as_mut()
+                .expect("it listens")
+                .get_message()
+                .expect("it runs");
         }
     }
 }
@@ -153,43 +183,73 @@ impl Postgres {
             "UPDATE bare SET waited = true WHERE name = $1 AND claim IS NOT NULL",
         ];
         let statements = statements.map(|text| client.prepare(text).expect("a statement"));
-        Self { client, statements, name: name.to_owned(), claim: claim(), token: 0 }
+        Self {
+            client,
+            statements,
+            name: name.to_owned(),
+            claim: claim(),
+            token: 0,
+        }
     }
 }
 
 impl BaselineClient for Postgres {
     fn acquire(&mut self) -> bool {
-        let rows = self.client.query(&self.statements[0], &[&self.name, &self.claim, &f64::from(TTL)]);
+        let rows = self.client.query(
+            &self.statements[0],
+            &[&self.name, &self.claim, &f64::from(TTL)],
+        );
         let rows = rows.expect("it answers");
         self.token = rows.first().map_or(self.token, |row| row.get(0));
         !rows.is_empty()
     }
 
     fn renew(&mut self) {
-        let values: [&(dyn postgres::types::ToSql + Sync); 4] = [&self.name, &self.claim, &self.token, &f64::from(TTL)];
-        assert_eq!(self.client.execute(&self.statements[1], &values).expect("it answers"), 1, "it is held");
+        let values: [&(dyn postgres::types::ToSql + Sync); 4] =
+            [&self.name, &self.claim, &self.token, &f64::from(TTL)];
+        assert_eq!(
+            self.client
+                .execute(&self.statements[1], &values)
+                .expect("it answers"),
+            1,
+            "it is held"
+        );
     }
 
     fn release(&mut self) {
-        let rows = self.client.query(&self.statements[2], &[&self.name, &self.claim, &self.token]);
+        let rows = self
+            .client
+            .query(&self.statements[2], &[&self.name, &self.claim, &self.token]);
         assert_eq!(rows.expect("it answers").len(), 1, "it is held");
     }
 
     fn listen(&mut self) {
-        self.client.batch_execute("LISTEN bare").expect("it answers");
+        self.client
+            .batch_execute("LISTEN bare")
+            .expect("it answers");
     }
 
     fn wait(&mut self) {
         while !self.acquire() {
             // Without this statement a release sends no notification.
-            if self.client.execute(&self.statements[3], &[&self.name]).expect("it answers") == 1 {
-                self.client.notifications().blocking_iter().next().expect("it runs");
+            if self
+                .client
+                .execute(&self.statements[3], &[&self.name])
+                .expect("it answers")
+                == 1
+            {
+                self.client
+                    .notifications()
+                    .blocking_iter()
+                    .next()
+                    .expect("it runs");
             }
         }
     }
 }
 
-/// On etcd: two transactions of one key, attached to a lease that stays, and a watch from the present revision.
+/// On etcd: two transactions of one key, attached to a lease that stays, and a watch from the
+/// present revision.
 pub struct Etcd {
     gateway: Gateway,
     port: u16,
@@ -209,13 +269,26 @@ impl Etcd {
         let mut gateway = Gateway::open(port);
         let session = field(&gateway.ask("lease/grant", r#"{"TTL":"600"}"#), "ID").to_owned();
         let [key, claim] = [format!("bare/{name}"), claim()].map(|text| STANDARD.encode(text));
-        Self { gateway, port, session, key, claim, revision: String::new(), subscription: None }
+        Self {
+            gateway,
+            port,
+            session,
+            key,
+            claim,
+            revision: String::new(),
+            subscription: None,
+        }
     }
 }
 
 impl BaselineClient for Etcd {
     fn acquire(&mut self) -> bool {
-        let Self { key, claim, session, .. } = self;
+        let Self {
+            key,
+            claim,
+            session,
+            ..
+        } = self;
         let body = format!(
             r#"{{"compare":[{{"key":"{key}","target":"CREATE","create_revision":"0"}}],"success":[{{"request_put":{{"key":"{key}","value":"{claim}","lease":"{session}"}}}}],"failure":[{{"request_range":{{"key":"{key}"}}}}]}}"#
         );
@@ -225,7 +298,10 @@ impl BaselineClient for Etcd {
     }
 
     fn renew(&mut self) {
-        let answer = self.gateway.ask("lease/keepalive", &format!(r#"{{"ID":"{}"}}"#, self.session));
+        let answer = self.gateway.ask(
+            "lease/keepalive",
+            &format!(r#"{{"ID":"{}"}}"#, self.session),
+        );
         assert_eq!(field(&answer, "TTL"), "600", "it is there");
     }
 
@@ -234,13 +310,27 @@ impl BaselineClient for Etcd {
         let body = format!(
             r#"{{"compare":[{{"key":"{key}","target":"MOD","mod_revision":"{revision}"}}],"success":[{{"request_delete_range":{{"key":"{key}"}}}}]}}"#
         );
-        assert!(self.gateway.ask("kv/txn", &body).contains(r#""succeeded":true"#), "it is held");
+        assert!(
+            self.gateway
+                .ask("kv/txn", &body)
+                .contains(r#""succeeded":true"#),
+            "it is held"
+        );
     }
 
     fn listen(&mut self) {
         let mut watch = Gateway::open(self.port);
-        watch.send("watch", &format!(r#"{{"create_request":{{"key":"{}","filters":["NOPUT"]}}}}"#, self.key));
-        assert!(watch.head() == Body::Chunks && watch.chunk().contains(r#""created":true"#), "it watches");
+        watch.send(
+            "watch",
+            &format!(
+                r#"{{"create_request":{{"key":"{}","filters":["NOPUT"]}}}}"#,
+                self.key
+            ),
+        );
+        assert!(
+            watch.head() == Body::Chunks && watch.chunk().contains(r#""created":true"#),
+            "it watches"
+        );
         self.subscription = Some(watch);
     }
 
@@ -271,7 +361,9 @@ impl Gateway {
     pub fn open(port: u16) -> Self {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("it runs");
         stream.set_nodelay(true).expect("a connection");
-        Self { stream: BufReader::new(stream) }
+        Self {
+            stream: BufReader::new(stream),
+        }
     }
 
     /// Sends a request and returns its answer.
@@ -296,8 +388,13 @@ impl Gateway {
 
     fn send(&mut self, path: &str, body: &str) {
         let length = body.len();
-        let request = format!("POST /v3/{path} HTTP/1.1\r\nHost: etcd\r\nContent-Length: {length}\r\n\r\n{body}");
-        self.stream.get_mut().write_all(request.as_bytes()).expect("it runs");
+        let request = format!(
+            "POST /v3/{path} HTTP/1.1\r\nHost: etcd\r\nContent-Length: {length}\r\n\r\n{body}"
+        );
+        self.stream
+            .get_mut()
+            .write_all(request.as_bytes())
+            .expect("it runs");
     }
 
     fn head(&mut self) -> Body {
@@ -305,7 +402,9 @@ impl Gateway {
         loop {
             let line = self.line().to_ascii_lowercase();
             match line.split_once(": ") {
-                Some(("content-length", length)) => body = Body::Bytes(length.parse().expect("a length")),
+                Some(("content-length", length)) => {
+                    body = Body::Bytes(length.parse().expect("a length"))
+                }
                 Some(("transfer-encoding", _)) => body = Body::Chunks,
                 _ if line.is_empty() => return body,
                 _ => {}
@@ -324,7 +423,10 @@ impl Gateway {
 
     fn line(&mut self) -> String {
         let mut line = String::new();
-        assert!(self.stream.read_line(&mut line).expect("it runs") > 0, "it answers");
+        assert!(
+            self.stream.read_line(&mut line).expect("it runs") > 0,
+            "it answers"
+        );
         line.trim_end().to_owned()
     }
 
@@ -340,6 +442,9 @@ impl Gateway {
 /// # Panics
 /// If the field is missing.
 pub fn field<'a>(answer: &'a str, name: &str) -> &'a str {
-    let rest = answer.split_once(&format!("\"{name}\":\"")).map(|(_, rest)| rest);
-    rest.and_then(|rest| rest.split('"').next()).unwrap_or_else(|| panic!("no {name} in {answer}"))
+    let rest = answer
+        .split_once(&format!("\"{name}\":\""))
+        .map(|(_, rest)| rest);
+    rest.and_then(|rest| rest.split('"').next())
+        .unwrap_or_else(|| panic!("no {name} in {answer}"))
 }

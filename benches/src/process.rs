@@ -1,8 +1,10 @@
-//! The processes of a bench: a program starts itself again as its own children, and exchanges lines with them.
+//! The processes of a bench: a program starts itself again as its own children, and exchanges lines
+//! with them.
 //!
-//! A child receives its part in its arguments: [`Peer::spawn`] in the parent corresponds to [`part`] in the child. From
-//! then on the two ends are alike: each is a [`Peer`] of the other. A child does not outlive its parent by much. The
-//! parent's ends of the pipes close with it, and the child ends when it next sends or receives a line.
+//! A child receives its part in its arguments: [`Peer::spawn`] in the parent corresponds to
+//! [`part`] in the child. From then on the two ends are alike: each is a [`Peer`] of the other. A
+//! child does not outlive its parent by much. The parent's ends of the pipes close with it, and the
+//! child ends when it next sends or receives a line.
 
 use std::env;
 use std::fmt::Display;
@@ -17,7 +19,8 @@ use std::time::{Duration, Instant};
 /// The argument before a child's part.
 pub const CHILD: &str = "--child";
 
-/// The extra wait after a process is seen to sleep. The kernel reports the sleep shortly before it begins.
+/// The extra wait after a process is seen to sleep. The kernel reports the sleep shortly before it
+/// begins.
 const SETTLE_TIME: Duration = Duration::from_micros(50);
 
 /// The process at the other end of a pair of pipes.
@@ -45,16 +48,30 @@ impl Peer {
     /// # Panics
     /// If the program cannot be started.
     pub fn start(program: &mut Command) -> Self {
-        let mut child = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a child can be started");
+        let mut child = program
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a child can be started");
         let reader = Box::new(BufReader::new(child.stdout.take().expect("it is piped")));
         let writer = Box::new(child.stdin.take().expect("it is piped"));
-        Self { reader, writer, stat: stat(child.id()), child: Some(child) }
+        Self {
+            reader,
+            writer,
+            stat: stat(child.id()),
+            child: Some(child),
+        }
     }
 
     /// Returns the parent of this child.
     pub fn parent() -> Self {
         let reader = Box::new(BufReader::new(stdin()));
-        Self { reader, writer: Box::new(stdout()), stat: stat(parent_id()), child: None }
+        Self {
+            reader,
+            writer: Box::new(stdout()),
+            stat: stat(parent_id()),
+            child: None,
+        }
     }
 
     /// Sends a line.
@@ -62,7 +79,10 @@ impl Peer {
     /// # Panics
     /// If the peer is a child and has ended. A child whose parent has ended exits here.
     pub fn send(&mut self, line: impl Display) {
-        if writeln!(self.writer, "{line}").and_then(|()| self.writer.flush()).is_err() {
+        if writeln!(self.writer, "{line}")
+            .and_then(|()| self.writer.flush())
+            .is_err()
+        {
             self.has_ended();
         }
     }
@@ -90,7 +110,8 @@ impl Peer {
     fn has_ended(&self) -> ! {
         match &self.child {
             Some(child) => panic!("the child {} has ended early", child.id()),
-            // The exit is silent: the parent has reported the cause of its end, or the cause applied to all processes.
+            // The exit is silent: the parent has reported the cause of its end, or the cause
+            // applied to all processes.
             None => std::process::exit(1),
         }
     }
@@ -101,12 +122,15 @@ impl Peer {
     /// If anything else arrives, and as [`send`](Self::send).
     pub fn receive_numbers<const N: usize>(&mut self) -> [u64; N] {
         let line = self.receive();
-        let numbers: Vec<u64> = line.split(' ').map(|word| word.parse().expect("a number")).collect();
+        let numbers: Vec<u64> = line
+            .split(' ')
+            .map(|word| word.parse().expect("a number"))
+            .collect();
         numbers.try_into().expect("as many numbers as were agreed")
     }
 
-    /// Waits until the other process sleeps, in a pipe or in a lock, and a moment longer. It also returns when the
-    /// other process has ended.
+    /// Waits until the other process sleeps, in a pipe or in a lock, and a moment longer. It also
+    /// returns when the other process has ended.
     pub fn wait_until_asleep(&self) {
         while self.is_awake() {
             std::hint::spin_loop();
@@ -114,11 +138,17 @@ impl Peer {
         spin(SETTLE_TIME);
     }
 
-    /// Reads the third field of proc_pid_stat(5). The second field, the name in parentheses, may contain any character.
+    /// Reads the third field of proc_pid_stat(5). The second field, the name in parentheses, may
+    /// contain any character.
     fn is_awake(&self) -> bool {
         let mut line = [0; 512];
-        let Ok(length) = self.stat.read_at(&mut line, 0) else { return false };
-        let name_ends = line[..length].iter().rposition(|byte| *byte == b')').unwrap_or_default();
+        let Ok(length) = self.stat.read_at(&mut line, 0) else {
+            return false;
+        };
+        let name_ends = line[..length]
+            .iter()
+            .rposition(|byte| *byte == b')')
+            .unwrap_or_default();
         // D is a wait that ends by itself, such as for a page.
         matches!(line.get(name_ends + 2), Some(b'R' | b'D'))
     }

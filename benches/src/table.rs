@@ -1,5 +1,6 @@
-//! The table at the end of a bench program: our number next to a peer's, and whether its bound held. The table is also
-//! stored next to the program, for the bench `summary`, which combines all tables.
+//! The table at the end of a bench program: our number next to a peer's, and whether its bound
+//! held. The table is also stored next to the program, for the bench `summary`, which combines all
+//! tables.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -127,10 +128,26 @@ impl Row {
             Some(false) => "behind",
             None => "-",
         };
-        let Self { name, ours, peer, theirs, .. } = self;
-        let ratio =
-            self.ratio().filter(|ratio| ratio.is_finite()).map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
-        [name.clone(), ours.to_string(), (*peer).to_owned(), theirs.to_string(), ratio, bound, verdict.to_owned()]
+        let Self {
+            name,
+            ours,
+            peer,
+            theirs,
+            ..
+        } = self;
+        let ratio = self
+            .ratio()
+            .filter(|ratio| ratio.is_finite())
+            .map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
+        [
+            name.clone(),
+            ours.to_string(),
+            (*peer).to_owned(),
+            theirs.to_string(),
+            ratio,
+            bound,
+            verdict.to_owned(),
+        ]
     }
 
     /// Returns the rank of the peer; a better peer has a greater rank.
@@ -165,19 +182,27 @@ pub fn print(rows: &[Row]) {
     println!();
     let program = std::env::current_exe().expect("the program has a path");
     // The program's name ends in a hash.
-    let program = program.file_stem().and_then(|name| name.to_str()?.split('-').next()).expect("it has a name");
+    let program = program
+        .file_stem()
+        .and_then(|name| name.to_str()?.split('-').next())
+        .expect("it has a name");
     std::fs::create_dir_all(directory()).expect("the build's directory can be written to");
-    std::fs::write(directory().join(program), stored).expect("the build's directory can be written to");
+    std::fs::write(directory().join(program), stored)
+        .expect("the build's directory can be written to");
 }
 
-/// Returns the directory of the stored rows. It is next to the program, so that the rows belong to the same build.
+/// Returns the directory of the stored rows. It is next to the program, so that the rows belong to
+/// the same build.
 fn directory() -> PathBuf {
     let program = std::env::current_exe().expect("the program has a path");
-    program.parent().expect("it is in a directory").join("lockkit-bench-rows")
+    program
+        .parent()
+        .expect("it is in a directory")
+        .join("lockkit-bench-rows")
 }
 
-/// Returns the stored rows of a program's last run. Of the rows about one measurement without a bound, only the row
-/// with the best peer is returned.
+/// Returns the stored rows of a program's last run. Of the rows about one measurement without a
+/// bound, only the row with the best peer is returned.
 ///
 /// # Panics
 /// If the stored rows cannot be read.
@@ -192,10 +217,16 @@ pub fn stored_rows(program: &str) -> Vec<Cells> {
         .map(|line| {
             let (rank, cells) = line.split_once('\t').expect("a rank");
             let cells: Vec<String> = cells.split('\t').map(str::to_owned).collect();
-            (rank.parse().expect("a number"), cells.try_into().expect("seven cells"))
+            (
+                rank.parse().expect("a number"),
+                cells.try_into().expect("seven cells"),
+            )
         })
         .collect();
-    let is_best = |rank: f64, name: &str| rows.iter().all(|(other, cells)| cells[0] != name || *other <= rank);
+    let is_best = |rank: f64, name: &str| {
+        rows.iter()
+            .all(|(other, cells)| cells[0] != name || *other <= rank)
+    };
     rows.iter()
         .filter(|(rank, cells)| cells[5] != "-" || is_best(*rank, &cells[0]))
         .map(|(_, cells)| cells.clone())
@@ -216,7 +247,8 @@ pub fn markdown(rows: &[Cells]) -> String {
 
 /// Formats rows as a table for a terminal.
 pub fn plain(rows: &[Cells]) -> String {
-    rows.iter().fold(line(&HEADING) + "\n", |text, row| text + &line(row) + "\n")
+    rows.iter()
+        .fold(line(&HEADING) + "\n", |text, row| text + &line(row) + "\n")
 }
 
 /// Returns the median of `times`.

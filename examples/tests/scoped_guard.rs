@@ -10,8 +10,12 @@ fn scoped_guard_example_names_holder_and_admits_next() {
     let lines: Vec<&str> = output.lines().collect();
     assert_eq!(lines.len(), 5, "{output}");
     let pid = |line: &str, does: &str| {
-        let pid = line.strip_prefix("pid ").and_then(|rest| rest.strip_suffix(does));
-        pid.unwrap_or_else(|| panic!("{line:?} does not end with {does:?}")).parse::<u32>().unwrap()
+        let pid = line
+            .strip_prefix("pid ")
+            .and_then(|rest| rest.strip_suffix(does));
+        pid.unwrap_or_else(|| panic!("{line:?} does not end with {does:?}"))
+            .parse::<u32>()
+            .unwrap()
     };
     let (first, last) = (pid(lines[0], " is inside"), pid(lines[3], " is inside"));
     let refusal = format!(

@@ -1,4 +1,5 @@
-//! Tests the example from a user's view: started once, started twice, killed, started with an invalid argument.
+//! Tests the example from a user's view: started once, started twice, killed, started with an
+//! invalid argument.
 
 mod common;
 
@@ -11,7 +12,8 @@ use common::example;
 /// The time limit on a busy machine for a program that does not wait.
 const MAX_START_TIME: Duration = Duration::from_secs(5);
 
-/// A running example. It is killed and reaped when dropped, so that a failed test leaves nothing behind.
+/// A running example. It is killed and reaped when dropped, so that a failed test leaves nothing
+/// behind.
 struct Running {
     child: Child,
     out: BufReader<ChildStdout>,
@@ -30,7 +32,10 @@ impl Running {
         let mut running = Self { child, out };
         let line = running.line();
         let holds = format!("pid {} holds the name", running.child.id());
-        assert!(line.starts_with(&holds), "{line:?}; is another instance running?");
+        assert!(
+            line.starts_with(&holds),
+            "{line:?}; is another instance running?"
+        );
         running
     }
 
@@ -84,8 +89,17 @@ fn single_instance_second_start_names_holder_and_exits_75() {
     assert_eq!(second.status.code(), Some(75));
     assert_eq!(second.stdout, b"");
     let said = stderr(&second);
-    assert!(said.starts_with("lockkit-example is already running: pid "), "{said:?}");
-    assert!(said.contains(&format!("pid {} (single_instance), since 2", first.child.id())), "{said:?}");
+    assert!(
+        said.starts_with("lockkit-example is already running: pid "),
+        "{said:?}"
+    );
+    assert!(
+        said.contains(&format!(
+            "pid {} (single_instance), since 2",
+            first.child.id()
+        )),
+        "{said:?}"
+    );
     assert!(said.ends_with(" ago)\n"), "{said:?}");
     assert_eq!(said.lines().count(), 1, "{said:?}");
     first.kill();
@@ -97,7 +111,9 @@ fn single_instance_start_after_kill_reports_dead_holder() {
     let next = Running::start("1ms");
     assert!(start.elapsed() < MAX_START_TIME, "{:?}", start.elapsed());
     let said = next.finish();
-    let died = format!("lockkit-example: the last owner died without releasing it: pid {killed} (single_instance)");
+    let died = format!(
+        "lockkit-example: the last owner died without releasing it: pid {killed} (single_instance)"
+    );
     assert!(said.starts_with(&died), "{said:?}");
     assert_eq!(said.lines().count(), 1, "{said:?}");
 }
@@ -108,7 +124,14 @@ fn single_instance_start_after_release_reports_nothing() {
 }
 
 fn single_instance_invalid_argument_gets_clear_error() {
-    let output = Command::new(example("single_instance")).arg("soon").output().unwrap();
+    let output = Command::new(example("single_instance"))
+        .arg("soon")
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("invalid time to work \"soon\""), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("invalid time to work \"soon\""),
+        "{}",
+        stderr(&output)
+    );
 }

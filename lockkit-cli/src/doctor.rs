@@ -1,8 +1,8 @@
 //! `lockkit doctor`: can this file system be trusted with locks?
 //!
-//! It does not rely on the name of the file system, but tests it. It works in its own directory below the given one,
-//! with a second process that it forks and kills. The behaviour with other hosts, which it cannot test, it derives from
-//! the kind.
+//! It does not rely on the name of the file system, but tests it. It works in its own directory
+//! below the given one, with a second process that it forks and kills. The behaviour with other
+//! hosts, which it cannot test, it derives from the kind.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -14,7 +14,9 @@ use std::time::{Duration, Instant, SystemTime};
 use lockkit::{CancelToken, LockManager, ShmLockManager, Wait};
 use rustix::fs::{AtFlags, CWD, FlockOperation, OFlags, flock, linkat, statfs};
 use rustix::io::{Errno, retry_on_intr};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid};
+use rustix::process::{
+    Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid,
+};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
@@ -25,17 +27,18 @@ use crate::sys;
 
 /// Tests which kinds of lock are reliable on the file system of a directory.
 ///
-/// The test runs two processes. It checks whether flock excludes the other process, whether a kill releases the lock,
-/// and whether links and renames are atomic. It measures the resolution of the file clock, and checks whether tables of
-/// locks work. The exit code is 0 if every kind of lock can be used, 1 if some kinds cannot, and 2 if no kind on files
-/// can.
+/// The test runs two processes. It checks whether flock excludes the other process, whether a kill
+/// releases the lock, and whether links and renames are atomic. It measures the resolution of the
+/// file clock, and checks whether tables of locks work. The exit code is 0 if every kind of lock
+/// can be used, 1 if some kinds cannot, and 2 if no kind on files can.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit doctor /srv/shared")]
 pub(crate) struct Doctor {
     /// The directory. The test creates a directory in it, and removes it at the end.
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Writes JSON: {"version":1,"folder":…,"filesystem":{…},"checks":[…],"advice":[…]}; see docs/CLI.md.
+    /// Writes JSON: {"version":1,"folder":…,"filesystem":{…},"checks":[…],"advice":[…]}; see
+    /// docs/CLI.md.
     #[arg(long)]
     json: bool,
 }
@@ -120,10 +123,12 @@ const KINDS: [(u64, &str, Reach); 25] = [
 impl Doctor {
     pub(crate) fn carry_out(self) -> Outcome {
         let directory = self.directory.canonicalize().map_err(|error| {
-            Failure::io(format!("look at {}", self.directory.display()), error).example("lockkit doctor /srv/shared")
+            Failure::io(format!("look at {}", self.directory.display()), error)
+                .example("lockkit doctor /srv/shared")
         })?;
         let filesystem = FileSystem::of(&directory)?;
-        // First, so that no signal can arrive between the creation of the directory and its cleanup.
+        // First, so that no signal can arrive between the creation of the directory and its
+        // cleanup.
         let (signals, stop) = (Signals::block()?, CancelToken::new());
         let bench = Bench::new(&directory)?;
         let checks = signals.cancelling(&stop, || bench.checks(&stop))?;
@@ -133,7 +138,13 @@ impl Doctor {
         }
         let advice = advise(filesystem, &checks);
         let directory = directory.display().to_string();
-        let report = Report { version: report::VERSION, directory, filesystem, checks, advice };
+        let report = Report {
+            version: report::VERSION,
+            directory,
+            filesystem,
+            checks,
+            advice,
+        };
         match self.json {
             true => report::json(&report)?,
             false => report.show()?,
@@ -150,24 +161,26 @@ impl Doctor {
 
 impl FileSystem {
     fn of(directory: &Path) -> Result<Self, Failure> {
-        let found =
-            statfs(directory).map_err(|error| Failure::io(format!("look at {}", directory.display()), error))?;
+        let found = statfs(directory)
+            .map_err(|error| Failure::io(format!("look at {}", directory.display()), error))?;
         // Some numbers have their highest bit set, and are negative if the type is signed.
         let magic = u64::from(found.f_type as u32);
         let known = KINDS.iter().find(|(number, ..)| *number == magic);
-        let (kind, place) = known.map_or(("unknown", Reach::Foreign), |(_, kind, place)| (*kind, *place));
+        let (kind, place) = known.map_or(("unknown", Reach::Foreign), |(_, kind, place)| {
+            (*kind, *place)
+        });
         Ok(Self { kind, magic, place })
     }
 }
 
-/// A directory for the tests, which is removed at the end, also at a signal. A directory that a killed doctor has left
-/// is removed by the next doctor once it is [`OLD`].
+/// A directory for the tests, which is removed at the end, also at a signal. A directory that a
+/// killed doctor has left is removed by the next doctor once it is [`OLD`].
 struct Bench(PathBuf);
 
 /// The prefix of the name of such a directory.
 const NAME: &str = ".lockkit-doctor-";
-/// By the file system's own clock, because the directory may belong to another host: far longer than any doctor needs
-/// it.
+/// By the file system's own clock, because the directory may belong to another host: far longer
+/// than any doctor needs it.
 const OLD: Duration = Duration::from_secs(600);
 
 impl Drop for Bench {
@@ -250,7 +263,9 @@ impl Bench {
     fn new(directory: &Path) -> Result<Self, Failure> {
         let path = directory.join(format!("{NAME}{}", std::process::id()));
         let made = fs::DirBuilder::new().mode(0o700).create(&path);
-        made.map_err(|error| Failure::io(format!("make anything in {}", directory.display()), error))?;
+        made.map_err(|error| {
+            Failure::io(format!("make anything in {}", directory.display()), error)
+        })?;
         let bench = Self(path);
         bench.clear_old(directory);
         Ok(bench)
@@ -259,14 +274,24 @@ impl Bench {
     /// Removes the directories that killed doctors have left.
     fn clear_old(&self, directory: &Path) {
         let written = |path: &Path| {
-            let found = fs::symlink_metadata(path).ok().filter(fs::Metadata::is_dir)?;
-            (found.uid() == rustix::process::geteuid().as_raw()).then(|| found.modified().ok()).flatten()
+            let found = fs::symlink_metadata(path)
+                .ok()
+                .filter(fs::Metadata::is_dir)?;
+            (found.uid() == rustix::process::geteuid().as_raw())
+                .then(|| found.modified().ok())
+                .flatten()
         };
         let Some(now) = written(&self.0) else { return };
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-            let is_one = entry.file_name().as_encoded_bytes().starts_with(NAME.as_bytes());
+            let is_one = entry
+                .file_name()
+                .as_encoded_bytes()
+                .starts_with(NAME.as_bytes());
             let path = entry.path();
-            let age = is_one.then(|| written(&path)).flatten().and_then(|then| now.duration_since(then).ok());
+            let age = is_one
+                .then(|| written(&path))
+                .flatten()
+                .and_then(|then| now.duration_since(then).ok());
             if age.is_some_and(|age| age > OLD) {
                 let _ = fs::remove_dir_all(&path);
             }
@@ -288,14 +313,27 @@ impl Bench {
         all.into_iter()
             .take_while(|_| !stop.is_cancelled())
             .map(|(name, check)| match check(self) {
-                Ok(detail) => Check { name, passed: true, detail },
-                Err(detail) => Check { name, passed: false, detail },
+                Ok(detail) => Check {
+                    name,
+                    passed: true,
+                    detail,
+                },
+                Err(detail) => Check {
+                    name,
+                    passed: false,
+                    detail,
+                },
             })
             .collect()
     }
 
     fn open(&self, name: &str) -> io::Result<File> {
-        File::options().read(true).write(true).create(true).truncate(false).open(self.0.join(name))
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(self.0.join(name))
     }
 
     /// Starts a second process that holds a flock on `name`.
@@ -322,7 +360,10 @@ impl Bench {
         let _second = self.holder("shared", FlockOperation::NonBlockingLockShared)?;
         let file = self.open("shared").map_err(as_text)?;
         flock(&file, FlockOperation::NonBlockingLockShared).map_err(as_text)?;
-        match flock(&self.open("shared").map_err(as_text)?, FlockOperation::NonBlockingLockExclusive) {
+        match flock(
+            &self.open("shared").map_err(as_text)?,
+            FlockOperation::NonBlockingLockExclusive,
+        ) {
             Err(Errno::WOULDBLOCK) => Ok("and keep an exclusive one out".to_owned()),
             Err(error) => Err(as_text(error)),
             Ok(()) => Err("they do not keep an exclusive one out".to_owned()),
@@ -340,7 +381,9 @@ impl Bench {
                 Err(Errno::WOULDBLOCK) if begun.elapsed() < ANSWER_TIMEOUT => {
                     std::thread::sleep(Duration::from_micros(100));
                 }
-                Err(Errno::WOULDBLOCK) => return Err("its lock was still there after 5 s".to_owned()),
+                Err(Errno::WOULDBLOCK) => {
+                    return Err("its lock was still there after 5 s".to_owned());
+                }
                 Err(error) => return Err(as_text(error)),
             }
         }
@@ -368,11 +411,16 @@ impl Bench {
         if !second.ends_well() {
             return Err("the second process could not link".to_owned());
         }
-        let others: u32 =
-            fs::read_to_string(self.0.join("won")).ok().and_then(|won| won.parse().ok()).unwrap_or_default();
+        let others: u32 = fs::read_to_string(self.0.join("won"))
+            .ok()
+            .and_then(|won| won.parse().ok())
+            .unwrap_or_default();
         match won + others == ROUNDS {
             true => Ok(format!("{ROUNDS} times out of {ROUNDS}")),
-            false => Err(format!("in {ROUNDS} rounds there were {} winners", won + others)),
+            false => Err(format!(
+                "in {ROUNDS} rounds there were {} winners",
+                won + others
+            )),
         }
     }
 
@@ -404,7 +452,11 @@ impl Bench {
 
     fn nameless(&self) -> Found {
         let mut options = File::options();
-        let made = options.write(true).custom_flags(OFlags::TMPFILE.bits() as i32).open(&self.0).map_err(as_text)?;
+        let made = options
+            .write(true)
+            .custom_flags(OFlags::TMPFILE.bits() as i32)
+            .open(&self.0)
+            .map_err(as_text)?;
         let own = format!("/proc/self/fd/{}", made.as_raw_fd());
         linkat(CWD, own, CWD, self.0.join("named"), AtFlags::SYMLINK_FOLLOW).map_err(as_text)?;
         Ok("by O_TMPFILE and linkat".to_owned())
@@ -416,9 +468,16 @@ impl Bench {
         let (mut last, mut finest) = (None, Duration::MAX);
         while begun.elapsed() < Duration::from_millis(60) {
             (&file).write_all(b".").map_err(as_text)?;
-            let written = file.metadata().and_then(|found| found.modified()).map_err(as_text)?;
-            let step = last.replace(written).and_then(|last| written.duration_since(last).ok());
-            finest = step.filter(|step| !step.is_zero()).map_or(finest, |step| step.min(finest));
+            let written = file
+                .metadata()
+                .and_then(|found| found.modified())
+                .map_err(as_text)?;
+            let step = last
+                .replace(written)
+                .and_then(|last| written.duration_since(last).ok());
+            finest = step
+                .filter(|step| !step.is_zero())
+                .map_or(finest, |step| step.min(finest));
         }
         let ahead = last.map(|written| match written.duration_since(SystemTime::now()) {
             Ok(ahead) => (ahead, "ahead of"),
@@ -432,7 +491,9 @@ impl Bench {
         };
         match finest {
             Duration::MAX => Ok(format!("steps of more than 60 ms{offset}")),
-            finest if finest < Duration::from_micros(10) => Ok(format!("steps of {} ns{offset}", finest.as_nanos())),
+            finest if finest < Duration::from_micros(10) => {
+                Ok(format!("steps of {} ns{offset}", finest.as_nanos()))
+            }
             finest => Ok(format!("steps of {} µs{offset}", finest.as_micros())),
         }
     }
@@ -454,7 +515,9 @@ impl Bench {
             Ok(_) => return Err("both had the lock at once".to_owned()),
         }
         drop(second);
-        let guard = lock.acquire(&Wait::at_most(ANSWER_TIMEOUT)).map_err(message)?;
+        let guard = lock
+            .acquire(&Wait::at_most(ANSWER_TIMEOUT))
+            .map_err(message)?;
         match guard.recovered() {
             Some(_) => Ok("and a killed one's is handed on".to_owned()),
             None => Err("the death of its holder went unnoticed".to_owned()),
@@ -466,37 +529,86 @@ const NAMED: &str = "named lock";
 
 fn advise(filesystem: FileSystem, checks: &[Check]) -> Vec<Advice> {
     let kind = filesystem.kind;
-    let advice = |lock, needed: &[&str], good: &str, elsewhere| advice_on(lock, checks, needed, good, elsewhere);
-    let foreign = format!("{kind} decides outside this kernel what a lock is, and may keep it on this host only");
+    let advice = |lock, needed: &[&str], good: &str, elsewhere| {
+        advice_on(lock, checks, needed, good, elsewhere)
+    };
+    let foreign = format!(
+        "{kind} decides outside this kernel what a lock is, and may keep it on this host only"
+    );
     let beyond = (filesystem.place == Reach::Foreign).then_some(foreign.as_str());
     let other_hosts = matches!(filesystem.place, Reach::Network | Reach::Foreign);
-    let one_machine = other_hosts.then_some("other hosts may have the file, too, and do not share this memory");
-    let pids =
-        other_hosts.then_some("a pid means nothing on another host: use a directory of this machine, such as /run");
+    let one_machine =
+        other_hosts.then_some("other hosts may have the file, too, and do not share this memory");
+    let pids = other_hosts.then_some(
+        "a pid means nothing on another host: use a directory of this machine, such as /run",
+    );
     vec![
         Advice {
             lock: NAMED,
             usable: true,
             reason: "it needs no directory at all: the kernel of this machine keeps it".to_owned(),
         },
-        advice("file lock", &[FLOCK, SHARED, KILL], file_reason(filesystem.place), beyond),
-        advice("pidfile", &[FLOCK, KILL], "the lock and the identity of the owner both hold", pids),
-        advice("lease", &[FLOCK, KILL], lease_reason(filesystem.place), beyond),
-        advice("table in shared memory", &[TABLE, NAMELESS], "locks of it take nanoseconds", one_machine),
-        advice("table in a directory", &[FLOCK, KILL], "flock excludes and is released by a kill", one_machine),
+        advice(
+            "file lock",
+            &[FLOCK, SHARED, KILL],
+            file_reason(filesystem.place),
+            beyond,
+        ),
+        advice(
+            "pidfile",
+            &[FLOCK, KILL],
+            "the lock and the identity of the owner both hold",
+            pids,
+        ),
+        advice(
+            "lease",
+            &[FLOCK, KILL],
+            lease_reason(filesystem.place),
+            beyond,
+        ),
+        advice(
+            "table in shared memory",
+            &[TABLE, NAMELESS],
+            "locks of it take nanoseconds",
+            one_machine,
+        ),
+        advice(
+            "table in a directory",
+            &[FLOCK, KILL],
+            "flock excludes and is released by a kill",
+            one_machine,
+        ),
     ]
 }
 
-/// Returns the advice on a lock that needs these checks to pass. `good` is the reason for it, and `elsewhere` a reason
-/// against it that no check shows.
-fn advice_on(lock: &'static str, checks: &[Check], needed: &[&str], good: &str, elsewhere: Option<&str>) -> Advice {
-    let failed = checks.iter().find(|check| !check.passed && needed.contains(&check.name));
+/// Returns the advice on a lock that needs these checks to pass. `good` is the reason for it, and
+/// `elsewhere` a reason against it that no check shows.
+fn advice_on(
+    lock: &'static str,
+    checks: &[Check],
+    needed: &[&str],
+    good: &str,
+    elsewhere: Option<&str>,
+) -> Advice {
+    let failed = checks
+        .iter()
+        .find(|check| !check.passed && needed.contains(&check.name));
     match (failed, elsewhere) {
-        (Some(check), _) => {
-            Advice { lock, usable: false, reason: format!("not so: {} ({})", check.name, check.detail) }
-        }
-        (None, Some(why)) => Advice { lock, usable: false, reason: why.to_owned() },
-        (None, None) => Advice { lock, usable: true, reason: good.to_owned() },
+        (Some(check), _) => Advice {
+            lock,
+            usable: false,
+            reason: format!("not so: {} ({})", check.name, check.detail),
+        },
+        (None, Some(why)) => Advice {
+            lock,
+            usable: false,
+            reason: why.to_owned(),
+        },
+        (None, None) => Advice {
+            lock,
+            usable: true,
+            reason: good.to_owned(),
+        },
     }
 }
 
@@ -513,8 +625,12 @@ fn file_reason(reach: Reach) -> &'static str {
 /// Returns why leases are usable.
 fn lease_reason(reach: Reach) -> &'static str {
     match reach {
-        Reach::Network => "what is held runs out by itself, also when a host is gone; give its token to what it guards",
-        Reach::Memory => "flock works here, but a restart forgets its tokens: keep it on a disk if they must grow",
+        Reach::Network => {
+            "what is held runs out by itself, also when a host is gone; give its token to what it guards"
+        }
+        Reach::Memory => {
+            "flock works here, but a restart forgets its tokens: keep it on a disk if they must grow"
+        }
         _ => "each step is whole, and what is held runs out by itself",
     }
 }
@@ -536,12 +652,20 @@ impl Report {
                 paint(TITLE, kind)
             )?;
             for check in &self.checks {
-                let mark = if check.passed { paint(GOOD, "yes") } else { paint(BAD, "no ") };
+                let mark = if check.passed {
+                    paint(GOOD, "yes")
+                } else {
+                    paint(BAD, "no ")
+                };
                 writeln!(out, "  {mark}  {}: {}", check.name, check.detail)?;
             }
             writeln!(out, "{}", paint(TITLE, "What to use here:"))?;
             self.advice.iter().try_for_each(|advice| {
-                let mark = if advice.usable { paint(GOOD, "yes") } else { paint(ODD, "no ") };
+                let mark = if advice.usable {
+                    paint(GOOD, "yes")
+                } else {
+                    paint(ODD, "no ")
+                };
                 writeln!(out, "  {mark}  {}: {}", advice.lock, advice.reason)
             })
         })

@@ -1,7 +1,7 @@
 //! Failures: a sentence that says what the user can do, and the exit code for scripts.
 //!
-//! The codes are those of [sysexits.h(3head)], so that none is mistaken for an answer: `status` uses 0, 1 and 2 for
-//! answers.
+//! The codes are those of [sysexits.h(3head)], so that none is mistaken for an answer: `status`
+//! uses 0, 1 and 2 for answers.
 //!
 //! [sysexits.h(3head)]: https://man7.org/linux/man-pages/man3/sysexits.h.3head.html
 
@@ -28,7 +28,10 @@ pub(crate) mod code {
     /// This build or this system cannot do it.
     pub(crate) const UNAVAILABLE: u8 = 69;
     /// The system refused.
-    #[cfg_attr(windows, expect(dead_code, reason = "of processes that cannot be made or waited for"))]
+    #[cfg_attr(
+        windows,
+        expect(dead_code, reason = "of processes that cannot be made or waited for")
+    )]
     pub(crate) const OS: u8 = 71;
     /// A file cannot be made.
     pub(crate) const CANNOT_CREATE: u8 = 73;
@@ -57,7 +60,12 @@ pub(crate) struct Failure {
 
 impl Failure {
     pub(crate) fn new(code: u8, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), example: None, quiet: false }
+        Self {
+            code,
+            message: message.into(),
+            example: None,
+            quiet: false,
+        }
     }
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {
@@ -108,7 +116,11 @@ impl Failure {
         let mut stderr = anstream::stderr().lock();
         let (bad, end) = (style::BAD.render(), style::BAD.render_reset());
         // Paths and the text of a store may contain any characters.
-        let _ = writeln!(stderr, "{bad}lockkit:{end} {}", plain(&sentence(&self.message)));
+        let _ = writeln!(
+            stderr,
+            "{bad}lockkit:{end} {}",
+            plain(&sentence(&self.message))
+        );
         if let Some(example) = &self.example {
             let _ = writeln!(stderr, "For example: {}", plain(example));
         }
@@ -124,8 +136,15 @@ pub(crate) fn note(line: impl std::fmt::Display) {
 /// Adds a full stop.
 fn sentence(message: &str) -> String {
     let mut letters = message.chars();
-    let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
-    let stop = if message.ends_with(['.', '!', '?']) { "" } else { "." };
+    let first = letters
+        .next()
+        .map(|first| first.to_uppercase().to_string())
+        .unwrap_or_default();
+    let stop = if message.ends_with(['.', '!', '?']) {
+        ""
+    } else {
+        "."
+    };
     format!("{first}{}{stop}", letters.as_str())
 }
 
@@ -142,16 +161,18 @@ pub(crate) fn of_io(kind: io::ErrorKind) -> u8 {
 impl From<lockkit::Error> for Failure {
     fn from(error: lockkit::Error) -> Self {
         let code = match error.kind() {
-            ErrorKind::Held { .. } | ErrorKind::Timeout { .. } | ErrorKind::Cancelled { .. } => code::TEMPORARY,
+            ErrorKind::Held { .. } | ErrorKind::Timeout { .. } | ErrorKind::Cancelled { .. } => {
+                code::TEMPORARY
+            }
             ErrorKind::InvalidName { .. }
             | ErrorKind::RelativePath { .. }
             | ErrorKind::InvalidOption { .. }
             | ErrorKind::InvalidUrl { .. }
             | ErrorKind::InvalidCapacity { .. }
             | ErrorKind::NoSuchLock { .. } => code::USAGE,
-            ErrorKind::NotAPidFile { .. } | ErrorKind::NotALease { .. } | ErrorKind::LayoutMismatch { .. } => {
-                code::DATA
-            }
+            ErrorKind::NotAPidFile { .. }
+            | ErrorKind::NotALease { .. }
+            | ErrorKind::LayoutMismatch { .. } => code::DATA,
             ErrorKind::ForeignOwner { .. } | ErrorKind::Insecure { .. } => code::NO_PERMISSION,
             ErrorKind::Io { source, .. } => of_io(source.kind()),
             _ => code::UNAVAILABLE,

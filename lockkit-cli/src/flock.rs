@@ -1,8 +1,9 @@
-//! `lockkit flock`, and `lockkit` called under the name `flock`: a drop-in for util-linux's [flock(1)].
+//! `lockkit flock`, and `lockkit` called under the name `flock`: a drop-in for util-linux's
+//! [flock(1)].
 //!
-//! Its options, exit codes and messages are flock(1)'s, so it does not use clap. It reads arguments as getopt_long(3)
-//! does. It opens and locks files as flock(1) does, without the additions of lockkit's own locks. The command inherits
-//! the descriptor, unless `--close` is given.
+//! Its options, exit codes and messages are flock(1)'s, so it does not use clap. It reads arguments
+//! as getopt_long(3) does. It opens and locks files as flock(1) does, without the additions of
+//! lockkit's own locks. The command inherits the descriptor, unless `--close` is given.
 //!
 //! [flock(1)]: https://man7.org/linux/man-pages/man1/flock.1.html
 
@@ -27,8 +28,8 @@ use crate::sys;
 /// The exit code of flock(1) when it did not get the lock.
 const CONFLICT: u8 = 1;
 
-/// The names of a program: the full one for messages of getopt(3), and the one without the directory for other
-/// messages.
+/// The names of a program: the full one for messages of getopt(3), and the one without the
+/// directory for other messages.
 struct Name<'n> {
     full: &'n OsStr,
     short: String,
@@ -80,8 +81,17 @@ const WITH_VALUE: &str = "wE";
 /// Runs the command with the arguments after its name.
 pub(crate) fn main(called: &OsStr, arguments: Vec<OsString>) -> ExitCode {
     sys::end_at_a_closed_pipe();
-    let short = Path::new(called).file_name().unwrap_or(called).to_string_lossy().into_owned();
-    let name = Name { full: called, short, unsaid: RefCell::default(), mute: Cell::default() };
+    let short = Path::new(called)
+        .file_name()
+        .unwrap_or(called)
+        .to_string_lossy()
+        .into_owned();
+    let name = Name {
+        full: called,
+        short,
+        unsaid: RefCell::default(),
+        mute: Cell::default(),
+    };
     let (Ok(code) | Err(End(code))) = name.run(arguments);
     // As C programs do when they close the standard output at the end.
     match name.unsaid.take() {
@@ -105,19 +115,26 @@ impl Name<'_> {
             [] => return Err(self.fail(code::USAGE, "requires file descriptor, file or directory")),
             [number] => {
                 let number = self.number(number, "bad file descriptor")?;
-                let file = sys::inherited(number)
-                    .map_err(|error| self.fail(code::DATA, format!("{number}: {}", text(&error))))?;
+                let file = sys::inherited(number).map_err(|error| {
+                    self.fail(code::DATA, format!("{number}: {}", text(&error)))
+                })?;
                 (file, None, Vec::new())
             }
             [path, command @ ..] => (self.open(path)?, Some(path), self.command(command)?),
         };
         let begun = Instant::now();
-        let given = rest.first().map(|given| given.as_bytes()).unwrap_or_default();
+        let given = rest
+            .first()
+            .map(|given| given.as_bytes())
+            .unwrap_or_default();
         if let Err(error) = self.lock(&file, &options)? {
-            // NFS implements these locks by fcntl(2), which requires a file with an exclusive lock to be open for
-            // writing.
+            // NFS implements these locks by fcntl(2), which requires a file with an exclusive lock
+            // to be open for writing.
             let writable = match path {
-                Some(path) if options.kind == Kind::Exclusive && matches!(error, Errno::IO | Errno::BADF) => {
+                Some(path)
+                    if options.kind == Kind::Exclusive
+                        && matches!(error, Errno::IO | Errno::BADF) =>
+                {
                     OpenOptions::new().read(true).write(true).open(path).ok()
                 }
                 _ => None,
@@ -130,7 +147,11 @@ impl Name<'_> {
                 None => Err(error),
             };
             if let Err(error) = again {
-                let code = if matches!(error, Errno::NOLCK | Errno::NOMEM) { code::OS } else { code::DATA };
+                let code = if matches!(error, Errno::NOLCK | Errno::NOMEM) {
+                    code::OS
+                } else {
+                    code::DATA
+                };
                 return Err(self.fail(code, [given, b": ", text_of(error).as_bytes()].concat()));
             }
         }
@@ -157,7 +178,9 @@ impl Name<'_> {
             verbose: false,
         };
         let mut arguments = arguments.into_iter().peekable();
-        while let Some(argument) = arguments.next_if(|next| next.as_bytes().starts_with(b"-") && next.len() > 1) {
+        while let Some(argument) =
+            arguments.next_if(|next| next.as_bytes().starts_with(b"-") && next.len() > 1)
+        {
             if argument == "--" {
                 break;
             }
@@ -172,13 +195,19 @@ impl Name<'_> {
                     return Err(self.try_help());
                 }
                 if !SHORT.contains(option) {
-                    return Err(self.misused([b"invalid option -- '", &[letter][..], b"'"].concat()));
+                    return Err(
+                        self.misused([b"invalid option -- '", &[letter][..], b"'"].concat())
+                    );
                 }
                 let value = match (WITH_VALUE.contains(option), letters.as_slice()) {
                     (false, _) => None,
                     (true, []) => match arguments.next() {
                         Some(value) => Some(value),
-                        None => return Err(self.misused(format!("option requires an argument -- '{option}'"))),
+                        None => {
+                            return Err(
+                                self.misused(format!("option requires an argument -- '{option}'"))
+                            );
+                        }
                     },
                     (true, rest) => {
                         let value = OsStr::from_bytes(rest).to_owned();
@@ -190,19 +219,35 @@ impl Name<'_> {
             }
         }
         if options.close && !options.fork {
-            return Err(self.fail(code::USAGE, "the --no-fork and --close options are incompatible"));
+            return Err(self.fail(
+                code::USAGE,
+                "the --no-fork and --close options are incompatible",
+            ));
         }
         Ok((options, arguments.collect()))
     }
 
-    fn long(&self, given: &[u8], options: &mut Options, rest: &mut impl Iterator<Item = OsString>) -> Result<(), End> {
+    fn long(
+        &self,
+        given: &[u8],
+        options: &mut Options,
+        rest: &mut impl Iterator<Item = OsString>,
+    ) -> Result<(), End> {
         let (name, value) = match given.iter().position(|byte| *byte == b'=') {
-            Some(at) => (&given[..at], Some(OsStr::from_bytes(&given[at + 1..]).to_owned())),
+            Some(at) => (
+                &given[..at],
+                Some(OsStr::from_bytes(&given[at + 1..]).to_owned()),
+            ),
             None => (given, None),
         };
         let all = || LONG.into_iter().chain([VERSION]);
-        let begins: Vec<_> = all().filter(|(long, _)| long.as_bytes().starts_with(name)).collect();
-        let exact = begins.iter().find(|(long, _)| long.as_bytes() == name).copied();
+        let begins: Vec<_> = all()
+            .filter(|(long, _)| long.as_bytes().starts_with(name))
+            .collect();
+        let exact = begins
+            .iter()
+            .find(|(long, _)| long.as_bytes() == name)
+            .copied();
         let (long, option) = match (exact, begins.as_slice()) {
             (Some(exact), _) => exact,
             (None, []) => {
@@ -213,14 +258,23 @@ impl Name<'_> {
             (None, several) => {
                 // Other names of the first one's option are not listed.
                 let first = several.first().map(|(_, option)| *option);
-                let told = several.iter().enumerate().filter(|(at, (_, option))| *at == 0 || Some(*option) != first);
+                let told = several
+                    .iter()
+                    .enumerate()
+                    .filter(|(at, (_, option))| *at == 0 || Some(*option) != first);
                 let names: Vec<_> = told.map(|(_, (long, _))| format!("'--{long}'")).collect();
-                let possible = [b"' is ambiguous; possibilities: ", names.join(" ").as_bytes()].concat();
+                let possible = [
+                    b"' is ambiguous; possibilities: ",
+                    names.join(" ").as_bytes(),
+                ]
+                .concat();
                 return Err(self.misused([b"option '--", given, &possible].concat()));
             }
         };
         let value = match (WITH_VALUE.contains(option), value) {
-            (false, Some(_)) => return Err(self.misused(format!("option '--{long}' doesn't allow an argument"))),
+            (false, Some(_)) => {
+                return Err(self.misused(format!("option '--{long}' doesn't allow an argument")));
+            }
             (true, None) => match rest.next() {
                 Some(value) => Some(value),
                 None => return Err(self.misused(format!("option '--{long}' requires an argument"))),
@@ -242,11 +296,15 @@ impl Name<'_> {
             'v' => options.verbose = true,
             'w' => {
                 let Some(seconds) = value.to_str().and_then(seconds) else {
-                    return Err(self.fail(code::USAGE, [b"invalid timeout value: '", value.as_bytes(), b"'"].concat()));
+                    return Err(self.fail(
+                        code::USAGE,
+                        [b"invalid timeout value: '", value.as_bytes(), b"'"].concat(),
+                    ));
                 };
                 // A limit beyond the range of the kernel's timer.
-                let limit =
-                    Duration::try_from_secs_f64(seconds).ok().filter(|limit| i64::try_from(limit.as_secs()).is_ok());
+                let limit = Duration::try_from_secs_f64(seconds)
+                    .ok()
+                    .filter(|limit| i64::try_from(limit.as_secs()).is_ok());
                 let Some(limit) = limit else {
                     return Err(self.fail(code::OS, "cannot set up timer: Invalid argument"));
                 };
@@ -254,10 +312,18 @@ impl Name<'_> {
             }
             'E' => match self.number(value, "invalid exit code")?.try_into() {
                 Ok(conflict) => options.conflict = conflict,
-                Err(_) => return Err(self.fail(code::USAGE, "exit code out of range (expected 0 to 255)")),
+                Err(_) => {
+                    return Err(
+                        self.fail(code::USAGE, "exit code out of range (expected 0 to 255)")
+                    );
+                }
             },
             'V' => {
-                self.say(format!("{} from lockkit {}\n", self.short, env!("CARGO_PKG_VERSION")));
+                self.say(format!(
+                    "{} from lockkit {}\n",
+                    self.short,
+                    env!("CARGO_PKG_VERSION")
+                ));
                 return Err(End(code::OK));
             }
             _ => {
@@ -276,8 +342,19 @@ impl Name<'_> {
         if let (true, Ok(number)) = (is_number, digits.parse()) {
             return Ok(number);
         }
-        let why = if is_number { format!(": {}", text_of(Errno::RANGE)) } else { String::new() };
-        let shown = [what.as_bytes(), b": '", text.as_bytes(), b"'", why.as_bytes()].concat();
+        let why = if is_number {
+            format!(": {}", text_of(Errno::RANGE))
+        } else {
+            String::new()
+        };
+        let shown = [
+            what.as_bytes(),
+            b": '",
+            text.as_bytes(),
+            b"'",
+            why.as_bytes(),
+        ]
+        .concat();
         Err(self.fail(code::USAGE, shown))
     }
 
@@ -285,13 +362,24 @@ impl Name<'_> {
     fn open(&self, path: &OsStr) -> Result<File, End> {
         let open = |flags: OFlags, create: bool| {
             let mut options = OpenOptions::new();
-            // Created with read access only, which `create` of the standard library does not support.
-            let flags = if create { flags | OFlags::CREATE } else { flags };
-            options.read(true).mode(0o666).custom_flags((flags | OFlags::NOCTTY).bits() as i32).open(path)
+            // Created with read access only, which `create` of the standard library does not
+            // support.
+            let flags = if create {
+                flags | OFlags::CREATE
+            } else {
+                flags
+            };
+            options
+                .read(true)
+                .mode(0o666)
+                .custom_flags((flags | OFlags::NOCTTY).bits() as i32)
+                .open(path)
         };
         let opened = match open(OFlags::empty(), true) {
             // A directory cannot be opened with O_CREAT.
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => open(OFlags::empty(), false),
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
+                open(OFlags::empty(), false)
+            }
             opened => opened,
         };
         opened.map_err(|error| {
@@ -301,7 +389,10 @@ impl Name<'_> {
                 _ => code::NO_INPUT,
             };
             let why = format!(": {}", text(&error));
-            self.fail(code, [b"cannot open lock file ", path.as_bytes(), why.as_bytes()].concat())
+            self.fail(
+                code,
+                [b"cannot open lock file ", path.as_bytes(), why.as_bytes()].concat(),
+            )
         })
     }
 
@@ -311,10 +402,17 @@ impl Name<'_> {
             [option, command @ ..] if option == "-c" || option == "--command" => {
                 let [command] = command else {
                     let option = option.to_string_lossy();
-                    return Err(self.fail(code::USAGE, format!("{option} requires exactly one command argument")));
+                    return Err(self.fail(
+                        code::USAGE,
+                        format!("{option} requires exactly one command argument"),
+                    ));
                 };
                 let shell = std::env::var_os("SHELL").filter(|shell| !shell.is_empty());
-                Ok(vec![shell.unwrap_or_else(|| "/bin/sh".into()), "-c".into(), command.clone()])
+                Ok(vec![
+                    shell.unwrap_or_else(|| "/bin/sh".into()),
+                    "-c".into(),
+                    command.clone(),
+                ])
             }
             command => Ok(command.to_vec()),
         }
@@ -367,10 +465,24 @@ impl Name<'_> {
         }
     }
 
-    fn execute(&self, file: &File, program: &OsStr, arguments: &[OsString], options: &Options) -> Result<u8, End> {
+    fn execute(
+        &self,
+        file: &File,
+        program: &OsStr,
+        arguments: &[OsString],
+        options: &Options,
+    ) -> Result<u8, End> {
         sys::wait_for_children();
         if options.verbose {
-            self.say([self.short.as_bytes(), b": executing ", program.as_bytes(), b"\n"].concat());
+            self.say(
+                [
+                    self.short.as_bytes(),
+                    b": executing ",
+                    program.as_bytes(),
+                    b"\n",
+                ]
+                .concat(),
+            );
         }
         if !options.close {
             let inherited = rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty());
@@ -379,17 +491,34 @@ impl Name<'_> {
         let mut command = Command::new(program);
         sys::as_given(command.args(arguments));
         let failed = |error: io::Error| {
-            let code = if error.kind() == io::ErrorKind::OutOfMemory { code::OS } else { code::UNAVAILABLE };
+            let code = if error.kind() == io::ErrorKind::OutOfMemory {
+                code::OS
+            } else {
+                code::UNAVAILABLE
+            };
             let why = format!(": {}", text(&error));
-            self.fail(code, [b"failed to execute ", program.as_bytes(), why.as_bytes()].concat())
+            self.fail(
+                code,
+                [b"failed to execute ", program.as_bytes(), why.as_bytes()].concat(),
+            )
         };
         if !options.fork {
             return Err(failed(command.exec()));
         }
         let mut child = command.spawn().map_err(failed)?;
-        let status = child.wait().map_err(|error| self.fail(CONFLICT, format!("waitpid failed: {}", text(&error))))?;
-        let signalled = || status.signal().map(|signal| signal + i32::from(code::SIGNALLED));
-        Ok(status.code().or_else(signalled).and_then(|code| u8::try_from(code).ok()).unwrap_or(code::OS))
+        let status = child
+            .wait()
+            .map_err(|error| self.fail(CONFLICT, format!("waitpid failed: {}", text(&error))))?;
+        let signalled = || {
+            status
+                .signal()
+                .map(|signal| signal + i32::from(code::SIGNALLED))
+        };
+        Ok(status
+            .code()
+            .or_else(signalled)
+            .and_then(|code| u8::try_from(code).ok())
+            .unwrap_or(code::OS))
     }
 
     /// Writes at once, because the command may write to the same output.
@@ -407,7 +536,12 @@ impl Name<'_> {
     /// Writes a line to the standard error.
     fn note(&self, line: &[u8]) {
         let closed = || sys::inherited(2).is_err();
-        if closed() || io::stderr().lock().write_all(&[line, b"\n"].concat()).is_err() {
+        if closed()
+            || io::stderr()
+                .lock()
+                .write_all(&[line, b"\n"].concat())
+                .is_err()
+        {
             self.mute.set(true);
         }
     }
@@ -448,14 +582,18 @@ fn wait(file: &File, kind: Kind) -> Result<(), Errno> {
     rustix::io::retry_on_intr(|| flock(file, operation))
 }
 
-/// Parses a number as strtod(3) does, to the end: in decimal, or in hexadecimal with a binary exponent.
+/// Parses a number as strtod(3) does, to the end: in decimal, or in hexadecimal with a binary
+/// exponent.
 fn seconds(text: &str) -> Option<f64> {
     let text = text.trim_ascii_start();
     let (sign, unsigned) = match text.strip_prefix('-') {
         Some(unsigned) => (-1.0, unsigned),
         None => (1.0, text.strip_prefix('+').unwrap_or(text)),
     };
-    let Some(hex) = unsigned.strip_prefix("0x").or_else(|| unsigned.strip_prefix("0X")) else {
+    let Some(hex) = unsigned
+        .strip_prefix("0x")
+        .or_else(|| unsigned.strip_prefix("0X"))
+    else {
         return text.parse().ok();
     };
     let (digits, exponent) = match hex.split_once(['p', 'P']) {
@@ -465,14 +603,22 @@ fn seconds(text: &str) -> Option<f64> {
     let (whole, part) = digits.split_once('.').unwrap_or((digits, ""));
     let all = || whole.chars().chain(part.chars());
     all().next()?;
-    let value = all().try_fold(0.0, |value, digit| Some(value * 16.0 + f64::from(digit.to_digit(16)?)))?;
-    Some(sign * value * 2f64.powi(exponent.saturating_sub(i32::try_from(part.len()).ok()?.saturating_mul(4))))
+    let value = all().try_fold(0.0, |value, digit| {
+        Some(value * 16.0 + f64::from(digit.to_digit(16)?))
+    })?;
+    Some(
+        sign * value
+            * 2f64.powi(exponent.saturating_sub(i32::try_from(part.len()).ok()?.saturating_mul(4))),
+    )
 }
 
 /// Returns the C library's text of the error.
 fn text(error: &io::Error) -> String {
     let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
+    text.split(" (os error")
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 fn text_of(error: Errno) -> String {

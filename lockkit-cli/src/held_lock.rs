@@ -26,7 +26,10 @@ pub(crate) enum HeldLock {
 pub(crate) struct Job<'r> {
     pub(crate) command: &'r [OsString],
     /// The time that the program may take to end after a loss.
-    #[cfg_attr(windows, expect(dead_code, reason = "nothing asks a program of Windows to end"))]
+    #[cfg_attr(
+        windows,
+        expect(dead_code, reason = "nothing asks a program of Windows to end")
+    )]
     pub(crate) grace: Duration,
     pub(crate) quiet: bool,
 }
@@ -47,7 +50,9 @@ impl HeldLock {
         let owner = || Owner::of(pid).map(|owner| owner.with_program(program_name(command)));
         match self {
             Self::Named(guard) => owner().iter().for_each(|owner| guard.name_holder(owner)),
-            Self::Pidfile(guard) => owner().iter().try_for_each(|owner| guard.rewrite_for(owner))?,
+            Self::Pidfile(guard) => owner()
+                .iter()
+                .try_for_each(|owner| guard.rewrite_for(owner))?,
             Self::File(_) | Self::Lease(..) => {}
         }
         Ok(())
@@ -77,7 +82,8 @@ impl HeldLock {
 
 fn program_name(command: &[OsString]) -> String {
     let name = command.first().map(Path::new).and_then(Path::file_name);
-    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    name.map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
 }
 
 /// Returns the failure of a program that does not run, with its exit code.
@@ -86,5 +92,8 @@ pub(crate) fn cannot_run(program: &OsStr, error: &io::Error) -> Failure {
         io::ErrorKind::NotFound => code::NOT_FOUND,
         _ => code::CANNOT_RUN,
     };
-    Failure::new(code, format!("cannot run {}: {error}", Path::new(program).display()))
+    Failure::new(
+        code,
+        format!("cannot run {}: {error}", Path::new(program).display()),
+    )
 }

@@ -16,7 +16,8 @@ use crate::target;
 #[derive(clap::Subcommand)]
 #[command(after_help = "Example: lockkit lease show /srv/shared/leader")]
 pub(crate) enum LeaseCommand {
-    /// Shows the holder of a lease, its token, and the remaining time. Exits with 0 if free, 1 if held, 2 if stale.
+    /// Shows the holder of a lease, its token, and the remaining time. Exits with 0 if free, 1 if
+    /// held, 2 if stale.
     #[command(after_help = "Example: lockkit lease show file:///srv/shared/leader --json")]
     Show {
         /// The lease.
@@ -28,9 +29,11 @@ pub(crate) enum LeaseCommand {
     },
     /// Releases a stale lease, or a held lease whose token is given.
     ///
-    /// A held lease is released only with its token. lockkit run passes the token to its program as LOCKKIT_TOKEN. The
-    /// command steal takes a lease from its holder without the token.
-    #[command(after_help = "Example: lockkit lease release /srv/shared/leader --token \"$LOCKKIT_TOKEN\"")]
+    /// A held lease is released only with its token. lockkit run passes the token to its program as
+    /// LOCKKIT_TOKEN. The command steal takes a lease from its holder without the token.
+    #[command(
+        after_help = "Example: lockkit lease release /srv/shared/leader --token \"$LOCKKIT_TOKEN\""
+    )]
     Release {
         /// The lease.
         #[arg(value_name = "PATH|URL")]
@@ -41,8 +44,9 @@ pub(crate) enum LeaseCommand {
     },
     /// Takes a lease from its holder, and leaves it free.
     ///
-    /// The holder is not asked. It notices the loss at its next heartbeat, and acts as the holder until then. Before
-    /// the call, stop the holder, or make sure that the guarded resource rejects an old token.
+    /// The holder is not asked. It notices the loss at its next heartbeat, and acts as the holder
+    /// until then. Before the call, stop the holder, or make sure that the guarded resource rejects
+    /// an old token.
     #[command(after_help = "Example: lockkit lease steal /srv/shared/leader --yes")]
     Steal {
         /// The lease.
@@ -60,7 +64,10 @@ impl LeaseCommand {
             Self::Show { lease, json } => {
                 let sight = report::of_lease(&target::lease(&lease, |builder| builder)?)?;
                 match json {
-                    true => report::json(&Form { version: report::VERSION, lock: &sight })?,
+                    true => report::json(&Form {
+                        version: report::VERSION,
+                        lock: &sight,
+                    })?,
                     false => report::say(|mut out| sight.show(&mut out))?,
                 }
                 Ok(sight.state.code())
@@ -79,7 +86,8 @@ fn held(lease: &Lease) -> Result<Option<LeaseSnapshot>, Failure> {
 }
 
 fn owner(seen: &LeaseSnapshot) -> String {
-    seen.owner().map_or_else(|| "an unknown process".to_owned(), lockkit::Owner::describe)
+    seen.owner()
+        .map_or_else(|| "an unknown process".to_owned(), lockkit::Owner::describe)
 }
 
 fn release(url: &OsStr, token: Option<u64>) -> Outcome {
@@ -96,11 +104,14 @@ fn release(url: &OsStr, token: Option<u64>) -> Outcome {
                 owner(&seen),
                 seen.token().unwrap_or_default()
             ),
-            None => format!("the lease {} is held by {}, and only its token releases it", lease.name(), owner(&seen)),
+            None => format!(
+                "the lease {} is held by {}, and only its token releases it",
+                lease.name(),
+                owner(&seen)
+            ),
         };
-        return Err(
-            Failure::new(code::TEMPORARY, message).example(format!("lockkit lease steal {}", Path::new(url).display()))
-        );
+        return Err(Failure::new(code::TEMPORARY, message)
+            .example(format!("lockkit lease steal {}", Path::new(url).display())));
     }
     evict(&lease, &seen, "released")
 }
@@ -110,7 +121,13 @@ fn steal(url: &OsStr, yes: bool) -> Outcome {
     let Some(seen) = held(&lease)? else {
         return tell(&format!("The lease {} is free already.", lease.name()));
     };
-    if !yes && !confirmed(&format!("Take the lease {} from {}?", lease.name(), owner(&seen)))? {
+    if !yes
+        && !confirmed(&format!(
+            "Take the lease {} from {}?",
+            lease.name(),
+            owner(&seen)
+        ))?
+    {
         return Err(Failure::new(code::TEMPORARY, "the lease was left as it is"));
     }
     evict(&lease, &seen, "taken")
@@ -118,10 +135,18 @@ fn steal(url: &OsStr, yes: bool) -> Outcome {
 
 fn evict(lease: &Lease, seen: &LeaseSnapshot, done: &str) -> Outcome {
     match lease.evict(seen)? {
-        true => tell(&format!("The lease {} was {done} from {}, and is free.", lease.name(), owner(seen))),
+        true => tell(&format!(
+            "The lease {} was {done} from {}, and is free.",
+            lease.name(),
+            owner(seen)
+        )),
         false => {
-            let message = format!("the lease {} has changed hands just now, and was left as it is", lease.name());
-            Err(Failure::new(code::TEMPORARY, message).example(format!("lockkit lease show {}", lease.name())))
+            let message = format!(
+                "the lease {} has changed hands just now, and was left as it is",
+                lease.name()
+            );
+            Err(Failure::new(code::TEMPORARY, message)
+                .example(format!("lockkit lease show {}", lease.name())))
         }
     }
 }
@@ -141,6 +166,9 @@ pub(crate) fn confirmed(question: &str) -> Result<bool, Failure> {
     let mut stderr = std::io::stderr().lock();
     write!(stderr, "{question} [y/N] ").map_err(failed)?;
     let mut answer = String::new();
-    std::io::stdin().lock().read_line(&mut answer).map_err(failed)?;
+    std::io::stdin()
+        .lock()
+        .read_line(&mut answer)
+        .map_err(failed)?;
     Ok(matches!(answer.trim().to_lowercase().as_str(), "y" | "yes"))
 }

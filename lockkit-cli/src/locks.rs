@@ -19,12 +19,16 @@ pub(crate) struct Owners(RefCell<HashMap<u32, Option<Owner>>>);
 impl Owners {
     /// Returns the process with this pid, or `None` if it has ended.
     pub(crate) fn of(&self, pid: u32) -> Option<Owner> {
-        self.0.borrow_mut().entry(pid).or_insert_with(|| Owner::of(pid)).clone()
+        self.0
+            .borrow_mut()
+            .entry(pid)
+            .or_insert_with(|| Owner::of(pid))
+            .clone()
     }
 }
 
-/// Returns whether a process has an fcntl lock on any byte of the file, with its pid if the kernel reports it, which it
-/// does only for a lock of a process. Locks nothing.
+/// Returns whether a process has an fcntl lock on any byte of the file, with its pid if the kernel
+/// reports it, which it does only for a lock of a process. Locks nothing.
 ///
 /// # Errors
 /// Fails if the file system has no such locks.

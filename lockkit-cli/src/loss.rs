@@ -1,4 +1,5 @@
-//! The report that a lease is lost, from the thread that finds it out to the one that supervises the program.
+//! The report that a lease is lost, from the thread that finds it out to the one that supervises
+//! the program.
 
 #[cfg(unix)]
 use std::fs::File;

@@ -1,7 +1,7 @@
 //! `lockkit`, the command: runs a program under a lock, and shows the holders of locks.
 //!
-//! It serves people without Rust code, and the inspection of locks. Each subcommand is a module with its arguments and
-//! its code. A module uses only modules below it:
+//! It serves people without Rust code, and the inspection of locks. Each subcommand is a module
+//! with its arguments and its code. A module uses only modules below it:
 //!
 //! | floor | modules |
 //! |---|---|
@@ -13,8 +13,8 @@
 //!
 //! Called under the name `flock`, the command is flock(1): see `flock`.
 //!
-//! It works on Linux, where it uses pidfds, signalfd and /proc, and on Windows, where `flock` and `doctor` do not
-//! exist.
+//! It works on Linux, where it uses pidfds, signalfd and /proc, and on Windows, where `flock` and
+//! `doctor` do not exist.
 
 #![deny(unsafe_code)]
 
@@ -79,7 +79,10 @@ enum Command {
     Run(run::Run),
     // Its arguments are flock(1)'s, which clap cannot parse.
     /// Does what flock(1) does, with its options, exit codes and messages.
-    #[command(disable_help_flag = true, after_help = "Example: lockkit flock -n /tmp/backup.lock rsync -a /home /mnt")]
+    #[command(
+        disable_help_flag = true,
+        after_help = "Example: lockkit flock -n /tmp/backup.lock rsync -a /home /mnt"
+    )]
     Flock {
         /// The arguments of flock(1); `lockkit flock --help` shows them.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -112,7 +115,10 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     let called = arguments.next().unwrap_or_default();
     #[cfg(target_os = "linux")]
-    if std::path::Path::new(&called).file_name().is_some_and(|name| name == "flock") {
+    if std::path::Path::new(&called)
+        .file_name()
+        .is_some_and(|name| name == "flock")
+    {
         return flock::main(&called, arguments.collect());
     }
     let mut arguments = arguments.peekable();
@@ -122,12 +128,19 @@ fn main() -> ExitCode {
         return flock::main("flock".as_ref(), arguments.collect());
     }
     if arguments.next_if(|first| first == "run").is_some() {
-        // Its arguments alone: building the arguments of all commands would take longer than everything else before the
-        // program runs.
-        let command = clap::Command::new("lockkit-run").bin_name("lockkit run").no_binary_name(true);
-        let command = run::Run::augment_args(command).styles(style::HELP).max_term_width(100);
+        // Its arguments alone: building the arguments of all commands would take longer than
+        // everything else before the program runs.
+        let command = clap::Command::new("lockkit-run")
+            .bin_name("lockkit run")
+            .no_binary_name(true);
+        let command = run::Run::augment_args(command)
+            .styles(style::HELP)
+            .max_term_width(100);
         return end(
-            match command.try_get_matches_from(arguments).and_then(|found| run::Run::from_arg_matches(&found)) {
+            match command
+                .try_get_matches_from(arguments)
+                .and_then(|found| run::Run::from_arg_matches(&found))
+            {
                 Ok(run) => run.carry_out(),
                 Err(error) => misused(&error, "lockkit run --name backup -- rsync -a /home /mnt"),
             },
@@ -135,7 +148,9 @@ fn main() -> ExitCode {
     }
     sys::end_at_a_closed_pipe();
     let given: Vec<_> = [called].into_iter().chain(arguments).collect();
-    let parsed = Cli::command().try_get_matches_from(&given).and_then(|found| Cli::from_arg_matches(&found));
+    let parsed = Cli::command()
+        .try_get_matches_from(&given)
+        .and_then(|found| Cli::from_arg_matches(&found));
     end(match parsed {
         Ok(cli) => cli.command.carry_out(),
         Err(error) => misused(&error, &example_for(&given)),
@@ -162,9 +177,19 @@ fn example_for(given: &[OsString]) -> String {
             None => break,
         }
     }
-    let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-    let line = help.lines().find_map(|line| line.find("lockkit ").map(|at| &line[at..])).unwrap_or("lockkit --help");
-    line.split("   ").next().unwrap_or(line).trim_end().to_owned()
+    let help = command
+        .get_after_help()
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    let line = help
+        .lines()
+        .find_map(|line| line.find("lockkit ").map(|at| &line[at..]))
+        .unwrap_or("lockkit --help");
+    line.split("   ")
+        .next()
+        .unwrap_or(line)
+        .trim_end()
+        .to_owned()
 }
 
 fn end(outcome: Outcome) -> ExitCode {
@@ -182,10 +207,15 @@ impl Command {
         match self {
             Self::Run(run) => run.carry_out(),
             #[cfg(target_os = "linux")]
-            Self::Flock { .. } => Err(Failure::usage("flock is called by its name: lockkit flock FILE COMMAND")),
+            Self::Flock { .. } => Err(Failure::usage(
+                "flock is called by its name: lockkit flock FILE COMMAND",
+            )),
             #[cfg(not(target_os = "linux"))]
-            Self::Flock { .. } => Err(Failure::new(code::UNAVAILABLE, "flock(1) is not a command of this system")
-                .example("lockkit run --file backup.lock -- CMD")),
+            Self::Flock { .. } => Err(Failure::new(
+                code::UNAVAILABLE,
+                "flock(1) is not a command of this system",
+            )
+            .example("lockkit run --file backup.lock -- CMD")),
             Self::List(list) => list.carry_out(),
             Self::Status(status) => status.carry_out(),
             Self::Wait(wait) => wait.carry_out(),
@@ -195,7 +225,10 @@ impl Command {
             #[cfg(target_os = "linux")]
             Self::Doctor(doctor) => doctor.carry_out(),
             #[cfg(not(target_os = "linux"))]
-            Self::Doctor { .. } => Err(Failure::new(code::UNAVAILABLE, "doctor tries what only Linux has")),
+            Self::Doctor { .. } => Err(Failure::new(
+                code::UNAVAILABLE,
+                "doctor tries what only Linux has",
+            )),
             Self::Completions(completions) => completions.carry_out(&mut Cli::command()),
             Self::Man(man) => man.carry_out(Cli::command()),
         }

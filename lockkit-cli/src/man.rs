@@ -15,7 +15,12 @@ pub(crate) struct Man {
 impl Man {
     /// Writes the pages of `command`, the whole command line.
     pub(crate) fn carry_out(self, command: clap::Command) -> Outcome {
-        let failed = |error| Failure::io(format!("write manual pages into {}", self.directory.display()), error);
+        let failed = |error| {
+            Failure::io(
+                format!("write manual pages into {}", self.directory.display()),
+                error,
+            )
+        };
         std::fs::create_dir_all(&self.directory).map_err(failed)?;
         clap_mangen::generate_to(command, &self.directory).map_err(failed)?;
         Ok(code::OK)

@@ -16,9 +16,9 @@ use crate::target;
 pub(crate) enum Pidfile {
     /// Shows the processes of pidfiles, and whether they are alive.
     ///
-    /// The exit code is 1 if the process of a pidfile is alive or may be alive. Otherwise it is 2 if a pidfile is
-    /// stale, and 0 if there is no pidfile or all are blank. It is 65 if a file is no pidfile, 66 for a path that does
-    /// not exist, and 77 if a file cannot be read.
+    /// The exit code is 1 if the process of a pidfile is alive or may be alive. Otherwise it is 2
+    /// if a pidfile is stale, and 0 if there is no pidfile or all are blank. It is 65 if a file is
+    /// no pidfile, 66 for a path that does not exist, and 77 if a file cannot be read.
     #[command(after_help = "Example: lockkit pidfile check /run/sshd.pid /run/crond.pid")]
     Check {
         /// Pidfiles, and directories. In a directory only files whose names end with .pid count.
@@ -30,9 +30,10 @@ pub(crate) enum Pidfile {
     },
     /// Removes the pidfiles whose processes are proven dead, and no others.
     ///
-    /// A blank file stays, and so does a file that names a process of another host. A file that is no pidfile stays,
-    /// with exit code 65. A symbolic or hard link stays, with exit code 77. No other process can acquire a pidfile
-    /// during its check and removal, so no new owner loses its file.
+    /// A blank file stays, and so does a file that names a process of another host. A file that is
+    /// no pidfile stays, with exit code 65. A symbolic or hard link stays, with exit code 77. No
+    /// other process can acquire a pidfile during its check and removal, so no new owner loses its
+    /// file.
     #[command(after_help = "Example: lockkit pidfile clean --dry-run /var/run/app")]
     Clean {
         /// Pidfiles, and directories. In a directory only files whose names end with .pid count.
@@ -68,15 +69,20 @@ fn check(paths: &[PathBuf], json: bool) -> Outcome {
         }
     }
     match json {
-        true => report::json(&Form { version: report::VERSION, locks: &sights })?,
+        true => report::json(&Form {
+            version: report::VERSION,
+            locks: &sights,
+        })?,
         false => report::say(|mut out| sights.iter().try_for_each(|sight| sight.show(&mut out)))?,
     }
     let any = |state| sights.iter().any(|sight| sight.state == state);
-    Ok(worst.unwrap_or(match (any(State::Held), any(State::Stale)) {
-        (true, _) => State::Held.code(),
-        (_, true) => State::Stale.code(),
-        _ => State::Free.code(),
-    }))
+    Ok(
+        worst.unwrap_or(match (any(State::Held), any(State::Stale)) {
+            (true, _) => State::Held.code(),
+            (_, true) => State::Stale.code(),
+            _ => State::Free.code(),
+        }),
+    )
 }
 
 fn clean(paths: &[PathBuf], dry_run: bool) -> Outcome {
@@ -91,9 +97,11 @@ fn clean(paths: &[PathBuf], dry_run: bool) -> Outcome {
     Ok(worst.unwrap_or(code::OK))
 }
 
-/// Removes the file at `path` if it is stale, or only judges it. Returns a description of the action.
+/// Removes the file at `path` if it is stale, or only judges it. Returns a description of the
+/// action.
 fn clean_one(path: &Path, dry_run: bool) -> lockkit::Result<Option<String>> {
-    // Read before the file is gone. A file whose lock is held needs no check of links and permissions.
+    // Read before the file is gone. A file whose lock is held needs no check of links and
+    // permissions.
     let left_by = match PidFile::inspect(path)? {
         PidStatus::Stale(owner) => format!(", left by {}", owner.describe()),
         PidStatus::Invalid { .. } => String::new(),
@@ -112,7 +120,8 @@ fn report(failure: Failure, worst: &mut Option<u8>) {
     *worst = Some(failure.code());
 }
 
-/// Returns the files among `paths`, and in the directories among them. Reports a path that leads nowhere.
+/// Returns the files among `paths`, and in the directories among them. Reports a path that leads
+/// nowhere.
 fn all(paths: &[PathBuf], worst: &mut Option<u8>) -> Result<Vec<PathBuf>, Failure> {
     let mut found = Vec::new();
     for path in paths {
@@ -121,17 +130,22 @@ fn all(paths: &[PathBuf], worst: &mut Option<u8>) -> Result<Vec<PathBuf>, Failur
             match path.symlink_metadata() {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                     let text = plain(&path.display().to_string());
-                    report(Failure::new(code::NO_INPUT, format!("cannot look at {text}: {error}")), worst);
+                    report(
+                        Failure::new(code::NO_INPUT, format!("cannot look at {text}: {error}")),
+                        worst,
+                    );
                 }
                 // Other problems are reported when the file is judged.
                 _ => found.push(path),
             }
             continue;
         }
-        let entries =
-            std::fs::read_dir(&path).map_err(|error| Failure::io(format!("list {}", path.display()), error))?;
-        let mut inside: Vec<_> =
-            entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| is_pidfile(path)).collect();
+        let entries = std::fs::read_dir(&path)
+            .map_err(|error| Failure::io(format!("list {}", path.display()), error))?;
+        let mut inside: Vec<_> = entries
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| is_pidfile(path))
+            .collect();
         inside.sort_unstable();
         found.extend(inside);
     }

@@ -1,11 +1,11 @@
 //! The display of a wait for a lock: which lock, its holders, and the time since the wait began.
 //!
-//! The wait itself is one call on the main thread, so that it keeps its place in the queue. A second thread shows the
-//! wait, and has ended before any fork.
+//! The wait itself is one call on the main thread, so that it keeps its place in the queue. A
+//! second thread shows the wait, and has ended before any fork.
 //!
-//! One write(2) writes the line on a terminal, with no escape sequence. The line begins with a carriage return, is cut
-//! before the last column, and covers the previous line with spaces. So a stop or a kill at any point leaves the
-//! terminal as before.
+//! One write(2) writes the line on a terminal, with no escape sequence. The line begins with a
+//! carriage return, is cut before the last column, and covers the previous line with spaces. So a
+//! stop or a kill at any point leaves the terminal as before.
 
 use std::io::{IsTerminal, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -48,7 +48,8 @@ fn is_dumb() -> bool {
 const AT_ONCE: Duration = Duration::from_millis(150);
 const NEXT: Duration = Duration::from_millis(500);
 
-/// Runs `acquire`. Meanwhile shows that `lock` is waited for, and its holders, which `holders` returns.
+/// Runs `acquire`. Meanwhile shows that `lock` is waited for, and its holders, which `holders`
+/// returns.
 pub(crate) fn shown<T>(
     audience: Audience,
     lock: &str,
@@ -73,7 +74,11 @@ pub(crate) fn shown<T>(
 
 /// Returns the holders as text for people.
 pub(crate) fn described(holders: &[Owner]) -> String {
-    holders.iter().map(Owner::describe).collect::<Vec<_>>().join("; ")
+    holders
+        .iter()
+        .map(Owner::describe)
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 fn held_by(holders: &[Owner]) -> String {
@@ -83,7 +88,8 @@ fn held_by(holders: &[Owner]) -> String {
     }
 }
 
-/// Waits for the first, or the next, moment to show the wait. Returns false when there is nothing more to show.
+/// Waits for the first, or the next, moment to show the wait. Returns false when there is nothing
+/// more to show.
 fn is_time(done: &Receiver<()>, pause: &mut Duration) -> bool {
     let waits = done.recv_timeout(*pause) == Err(RecvTimeoutError::Timeout);
     *pause = NEXT;
@@ -99,7 +105,10 @@ fn show(lock: &str, holders: &dyn Fn() -> Vec<Owner>, done: &Receiver<()>) {
         let holders = holders();
         let waited = humantime::format_duration(Duration::from_secs(since.elapsed().as_secs()));
         let width = terminal_width();
-        let (line, columns) = cut(&format!("Waiting for {lock} for {waited}{}", held_by(&holders)), width - 1);
+        let (line, columns) = cut(
+            &format!("Waiting for {lock} for {waited}{}", held_by(&holders)),
+            width - 1,
+        );
         let rest = before.min(width - 1).saturating_sub(columns);
         write(&format!("\r{line}{:rest$}", ""));
         before = columns;
@@ -114,8 +123,8 @@ fn write(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
-/// Writes a line when the wait begins, and when another process becomes the holder. A short gap without a holder, or
-/// another program of the same holder, is not reported.
+/// Writes a line when the wait begins, and when another process becomes the holder. A short gap
+/// without a holder, or another program of the same holder, is not reported.
 fn log(lock: &str, holders: &dyn Fn() -> Vec<Owner>, done: &Receiver<()>) {
     let mut pause = AT_ONCE;
     let mut last: Option<Vec<Owner>> = None;
@@ -133,14 +142,18 @@ fn log(lock: &str, holders: &dyn Fn() -> Vec<Owner>, done: &Receiver<()>) {
 }
 
 fn are_same(some: &[Owner], others: &[Owner]) -> bool {
-    some.len() == others.len() && some.iter().all(|one| others.iter().any(|other| one.is_same_process(other)))
+    some.len() == others.len()
+        && some
+            .iter()
+            .all(|one| others.iter().any(|other| one.is_same_process(other)))
 }
 
 /// Returns the number of columns of the terminal, at least 2.
 fn terminal_width() -> usize {
     const USUAL: usize = 80;
     #[cfg(unix)]
-    let width = rustix::termios::tcgetwinsize(std::io::stderr()).map_or(0, |size| usize::from(size.ws_col));
+    let width =
+        rustix::termios::tcgetwinsize(std::io::stderr()).map_or(0, |size| usize::from(size.ws_col));
     #[cfg(not(unix))]
     let width = 0;
     match width {
@@ -149,8 +162,8 @@ fn terminal_width() -> usize {
     }
 }
 
-/// Returns the beginning of `line` that fits into so many columns, with an ellipsis at a cut, and its number of
-/// columns.
+/// Returns the beginning of `line` that fits into so many columns, with an ellipsis at a cut, and
+/// its number of columns.
 fn cut(line: &str, columns: usize) -> (String, usize) {
     let whole: usize = line.chars().map(width_of).sum();
     if whole <= columns {
@@ -169,8 +182,9 @@ fn cut(line: &str, columns: usize) -> (String, usize) {
     (shown, taken)
 }
 
-/// Returns the number of columns of a letter on a terminal: 2 for East Asian letters and for pictures. If terminals
-/// differ, it is the larger number, because a line that is too long is wrapped.
+/// Returns the number of columns of a letter on a terminal: 2 for East Asian letters and for
+/// pictures. If terminals differ, it is the larger number, because a line that is too long is
+/// wrapped.
 fn width_of(letter: char) -> usize {
     match u32::from(letter) {
         // Combining marks, and selectors for the form of the previous letter.
@@ -211,6 +225,9 @@ mod tests {
         assert_eq!(cut("日本語", 6), ("日本語".to_owned(), 6));
         assert_eq!(cut("日本語", 5), ("日本…".to_owned(), 5));
         assert_eq!(cut("日本語", 4), ("日…".to_owned(), 3));
-        assert_eq!(cut("e\u{301}e\u{301}", 2), ("e\u{301}e\u{301}".to_owned(), 2));
+        assert_eq!(
+            cut("e\u{301}e\u{301}", 2),
+            ("e\u{301}e\u{301}".to_owned(), 2)
+        );
     }
 }

@@ -11,13 +11,14 @@ use crate::target::{self, ScopeArgument, Target};
 
 /// Shows whether a lock is held, and its holders.
 ///
-/// The exit code is 0 if the lock is free, 1 if it is held, and 2 if it is stale. The owner of a stale lock died or its
-/// time ran out, and the next acquisition takes the lock over. The exit code is 77 if this user may not read the state,
-/// which leaves the state unknown.
+/// The exit code is 0 if the lock is free, 1 if it is held, and 2 if it is stale. The owner of a
+/// stale lock died or its time ran out, and the next acquisition takes the lock over. The exit code
+/// is 77 if this user may not read the state, which leaves the state unknown.
 ///
-/// An argument with :// is the URL of a lease, an argument with a slash is a path, and any other argument is a name.
-/// The content of a file shows whether it is a lease, a pidfile or a table of locks; the extension .pid also marks a
-/// pidfile. For any other file the locks of flock(2) are shown, and if there are none, the locks of fcntl(2).
+/// An argument with :// is the URL of a lease, an argument with a slash is a path, and any other
+/// argument is a name. The content of a file shows whether it is a lease, a pidfile or a table of
+/// locks; the extension .pid also marks a pidfile. For any other file the locks of flock(2) are
+/// shown, and if there are none, the locks of fcntl(2).
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -54,7 +55,10 @@ impl Status {
             (Ok(sight), _) => sight,
             (Err(failure), Target::Path(path)) if self.json && report::is_unknown(&failure) => {
                 let path = target::absolute(path)?;
-                report::json(&Form { version: report::VERSION, lock: &Report::unknown(&path, &failure) })?;
+                report::json(&Form {
+                    version: report::VERSION,
+                    lock: &Report::unknown(&path, &failure),
+                })?;
                 return Err(failure);
             }
             (Err(failure), _) => {
@@ -64,7 +68,10 @@ impl Status {
         };
         match (self.quiet, self.json) {
             (true, _) => {}
-            (_, true) => report::json(&Form { version: report::VERSION, lock: &sight })?,
+            (_, true) => report::json(&Form {
+                version: report::VERSION,
+                lock: &sight,
+            })?,
             _ => report::say(|mut out| sight.show(&mut out))?,
         }
         Ok(sight.state.code())

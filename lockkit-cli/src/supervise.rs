@@ -1,23 +1,28 @@
-//! Supervises the program of `lockkit run`, so that the lock is held for exactly as long as the program lives.
+//! Supervises the program of `lockkit run`, so that the lock is held for exactly as long as the
+//! program lives.
 //!
-//! The program is started in a child that first waits for a message (the *gate*). So it never runs before the mechanism
-//! that keeps the lock for it is in place, whenever lockkit is killed. The mechanism depends on the lock:
-//! - *Named locks and files* live in a descriptor. A third process, the *keeper*, has a copy of it, and a pidfd of the
-//!   program. If lockkit is killed, the keeper keeps the lock until the program ends; otherwise it exits just before
-//!   the release. For the case that both are killed, the lock is [`InFlightDescriptor`] with the program. At the program's end
-//!   lockkit or the keeper takes the lock out of there, so that the processes that the program leaves running do not
-//!   keep it.
-//! - *Pidfiles* name the program, by pid and start time, and stay held as long as the program lives.
-//! - *Leases* must be renewed, which only a process can do. So a child of the called process holds the lease
-//!   ([`behind`]), and continues when its parent is killed. If the holder itself is killed, the system kills the
-//!   program with it (`PR_SET_PDEATHSIG`). The parent then inherits everything else that the program has started, and
-//!   kills it. The fencing token covers the moment in between.
+//! The program is started in a child that first waits for a message (the *gate*). So it never runs
+//! before the mechanism that keeps the lock for it is in place, whenever lockkit is killed. The
+//! mechanism depends on the lock:
+//! - *Named locks and files* live in a descriptor. A third process, the *keeper*, has a copy of it,
+//!   and a pidfd of the program. If lockkit is killed, the keeper keeps the lock until the program
+//!   ends; otherwise it exits just before the release. For the case that both are killed, the lock
+//!   is [`InFlightDescriptor`] with the program. At the program's end lockkit or the keeper takes
+//!   the lock out of there, so that the processes that the program leaves running do not keep it.
+//! - *Pidfiles* name the program, by pid and start time, and stay held as long as the program
+//!   lives.
+//! - *Leases* must be renewed, which only a process can do. So a child of the called process holds
+//!   the lease ([`behind`]), and continues when its parent is killed. If the holder itself is
+//!   killed, the system kills the program with it (`PR_SET_PDEATHSIG`). The parent then inherits
+//!   everything else that the program has started, and kills it. The fencing token covers the
+//!   moment in between.
 //!
-//! Keepers and holders of leases have their own name ([`KEEPER`]), also in their command lines: a command that kills
-//! every `lockkit` by name is meant for the called processes.
+//! Keepers and holders of leases have their own name ([`KEEPER`]), also in their command lines: a
+//! command that kills every `lockkit` by name is meant for the called processes.
 //!
-//! Signals are blocked while the program runs, and read from a signalfd in the same poll that sees the program's end. A
-//! terminal's signals reach the program anyway while it is in the same process group, so they are not passed on then.
+//! Signals are blocked while the program runs, and read from a signalfd in the same poll that sees
+//! the program's end. A terminal's signals reach the program anyway while it is in the same process
+//! group, so they are not passed on then.
 
 use std::ffi::{CStr, OsString};
 use std::fs::File;
@@ -35,13 +40,13 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_setfd, retry_on_intr};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
-    SocketType, recvmsg, sendmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpgid, getpgrp, getpid, getppid, getsid, kill_process,
-    pidfd_open, pidfd_send_signal, set_child_subreaper, set_parent_process_death_signal, setsid, test_kill_process,
-    waitpid,
+    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpgid, getpgrp, getpid, getppid, getsid,
+    kill_process, pidfd_open, pidfd_send_signal, set_child_subreaper,
+    set_parent_process_death_signal, setsid, test_kill_process, waitpid,
 };
 
 use crate::failure::{Failure, Outcome, code};
@@ -57,7 +62,10 @@ fn descriptor_of(hold: &HeldLock) -> Result<Option<OwnedFd>, Failure> {
     match hold {
         HeldLock::Named(guard) => Ok(Some(guard.descriptor()?)),
         HeldLock::File(guard) => {
-            let copy = guard.file().try_clone().map_err(|error| Failure::io("copy a descriptor", error))?;
+            let copy = guard
+                .file()
+                .try_clone()
+                .map_err(|error| Failure::io("copy a descriptor", error))?;
             Ok(Some(copy.into()))
         }
         HeldLock::Pidfile(_) | HeldLock::Lease(..) => Ok(None),
@@ -85,7 +93,8 @@ impl Signals {
     pub(crate) fn block() -> Result<Self, Failure> {
         let failed = |error: nix::Error| Failure::io("block signals", error);
         let set: SigSet = PASSED_ON.into_iter().collect();
-        let read = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(failed)?;
+        let read = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .map_err(failed)?;
         let before = SigSet::thread_get_mask().map_err(failed)?;
         set.thread_block().map_err(failed)?;
         Ok(Self { read, before })
@@ -96,16 +105,23 @@ impl Signals {
         let _ = self.before.thread_set_mask();
     }
 
-    /// Calls `wait`, and cancels `stop` when a signal arrives meanwhile; the signal stays to be read. As the first
-    /// process of a container it also reaps orphans meanwhile.
-    pub(crate) fn cancelling<T>(&self, stop: &CancelToken, wait: impl FnOnce() -> T) -> Result<T, Failure> {
+    /// Calls `wait`, and cancels `stop` when a signal arrives meanwhile; the signal stays to be
+    /// read. As the first process of a container it also reaps orphans meanwhile.
+    pub(crate) fn cancelling<T>(
+        &self,
+        stop: &CancelToken,
+        wait: impl FnOnce() -> T,
+    ) -> Result<T, Failure> {
         let (is_done, done) = pipe()?;
         Ok(std::thread::scope(|scope| {
             // Without a thread a signal must also wait for the lock.
             let _ = std::thread::Builder::new().spawn_scoped(scope, || {
                 let timeout = is_first().then(|| timespec(REAPING));
                 loop {
-                    let mut watched = [PollFd::new(&self.read, PollFlags::IN), PollFd::new(&is_done, PollFlags::IN)];
+                    let mut watched = [
+                        PollFd::new(&self.read, PollFlags::IN),
+                        PollFd::new(&is_done, PollFlags::IN),
+                    ];
                     match retry_on_intr(|| poll(&mut watched, timeout.as_ref())) {
                         Ok(0) => bury_others(None),
                         Ok(_) if !watched[0].revents().is_empty() => return stop.cancel(),
@@ -121,14 +137,18 @@ impl Signals {
 
     /// Returns the number of the first signal that has arrived, and reads it, if `read` is set.
     pub(crate) fn first_if(&self, read: bool) -> Option<u8> {
-        let signal = read.then(|| self.read.read_signal().ok().flatten()).flatten()?;
+        let signal = read
+            .then(|| self.read.read_signal().ok().flatten())
+            .flatten()?;
         u8::try_from(signal.ssi_signo).ok()
     }
 
     /// Passes the arrived signals on to `child`, except those that a terminal sent to both.
     fn pass_on(&self, child: &Child) {
         while let Ok(Some(signal)) = self.read.read_signal() {
-            let Some(number) = Signal::from_named_raw(signal.ssi_signo as i32) else { continue };
+            let Some(number) = Signal::from_named_raw(signal.ssi_signo as i32) else {
+                continue;
+            };
             if !child.has_got(number, signal.ssi_code) {
                 let _ = pidfd_send_signal(&child.pidfd, number);
             }
@@ -148,24 +168,29 @@ impl Child {
             Ok(pidfd) => Ok(Self { pid, pidfd }),
             Err(error) => {
                 let _ = kill_process(pid, Signal::KILL);
-                Err(Failure::io("watch a child (pidfd_open, of Linux 5.3)", error))
+                Err(Failure::io(
+                    "watch a child (pidfd_open, of Linux 5.3)",
+                    error,
+                ))
             }
         }
     }
 
-    /// Whether a signal to this process also reached this child. A terminal sends signals to its foreground process
-    /// group, but reports its hang-up only to the leader of its session.
+    /// Whether a signal to this process also reached this child. A terminal sends signals to its
+    /// foreground process group, but reports its hang-up only to the leader of its session.
     fn has_got(&self, signal: Signal, code: i32) -> bool {
         /// The code of a signal that the kernel itself sent.
         const SI_KERNEL: i32 = 0x80;
-        let to_leader_alone = || signal == Signal::HUP && getsid(None).is_ok_and(|leader| leader == getpid());
+        let to_leader_alone =
+            || signal == Signal::HUP && getsid(None).is_ok_and(|leader| leader == getpid());
         let same_group = || getpgid(Some(self.pid)).is_ok_and(|group| group == getpgrp());
         code == SI_KERNEL && same_group() && !to_leader_alone()
     }
 
     /// Waits for the end of the child, which has been seen or must come.
     fn end(&self) -> Option<WaitStatus> {
-        let (_, status) = retry_on_intr(|| waitpid(Some(self.pid), WaitOptions::empty())).ok()??;
+        let (_, status) =
+            retry_on_intr(|| waitpid(Some(self.pid), WaitOptions::empty())).ok()??;
         Some(status)
     }
 
@@ -178,7 +203,9 @@ impl Child {
 fn exit_code(status: WaitStatus) -> Option<u8> {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => u8::try_from(code).ok(),
-        (None, Some(signal)) => u8::try_from(signal).ok().map(|signal| signal.saturating_add(code::SIGNALLED)),
+        (None, Some(signal)) => u8::try_from(signal)
+            .ok()
+            .map(|signal| signal.saturating_add(code::SIGNALLED)),
         (None, None) => None,
     }
 }
@@ -192,8 +219,8 @@ fn pipe() -> Result<(File, File), Failure> {
     sys::pipe().map_err(|error| Failure::io("make a pipe", error))
 }
 
-/// Whether this is the first process of a pid namespace, as of a container: it inherits the orphans, and no signal ends
-/// it unless it handles that signal.
+/// Whether this is the first process of a pid namespace, as of a container: it inherits the
+/// orphans, and no signal ends it unless it handles that signal.
 pub(crate) fn is_first() -> bool {
     getpid() == Pid::INIT
 }
@@ -203,11 +230,15 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
     sys::wait_for_children();
     let (wait_at_gate, gate) = pipe()?;
     let descriptor = descriptor_of(&hold)?;
-    let in_flight = descriptor.as_ref().map(InFlightDescriptor::new).transpose()?;
+    let in_flight = descriptor
+        .as_ref()
+        .map(InFlightDescriptor::new)
+        .transpose()?;
     let leads = matches!(hold, HeldLock::Lease(..));
     let me = getpid();
     if leads {
-        // The processes that the program leaves behind stay below this process, so that a loss can end them, too.
+        // The processes that the program leaves behind stay below this process, so that a loss can
+        // end them, too.
         let _ = set_child_subreaper(Some(me));
     }
     let program = match fork()? {
@@ -219,12 +250,17 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
                     std::process::exit(code::OS.into());
                 }
             }
-            std::process::exit(become_program(job.command, &hold, in_flight, wait_at_gate, &signals).into())
+            std::process::exit(
+                become_program(job.command, &hold, in_flight, wait_at_gate, &signals).into(),
+            )
         }
         Some(pid) => Child::new(pid)?,
     };
     drop(wait_at_gate);
-    hold.name_holder(program.pid.as_raw_nonzero().get().unsigned_abs(), job.command)?;
+    hold.name_holder(
+        program.pid.as_raw_nonzero().get().unsigned_abs(),
+        job.command,
+    )?;
     let keeper = start_keeper(descriptor, in_flight.as_ref(), &program, gate, leads)?;
     let status = match &hold {
         HeldLock::Lease(_, loss) => attend(&program, &signals, Some(loss), job),
@@ -243,8 +279,8 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
     Ok(status)
 }
 
-/// Starts the keeper of a lock that is a descriptor, which opens the gate. For other locks opens the gate here. The
-/// holder of a lease (`leads`) is then its own keeper.
+/// Starts the keeper of a lock that is a descriptor, which opens the gate. For other locks opens
+/// the gate here. The holder of a lease (`leads`) is then its own keeper.
 fn start_keeper(
     descriptor: Option<OwnedFd>,
     in_flight: Option<&InFlightDescriptor>,
@@ -269,7 +305,8 @@ fn open_gate(mut gate: File) {
     let _ = gate.write_all(b"!");
 }
 
-/// Runs the child's part. Returns only if the program could not be started, with the exit code for that.
+/// Runs the child's part. Returns only if the program could not be started, with the exit code for
+/// that.
 fn become_program(
     command: &[OsString],
     hold: &HeldLock,
@@ -283,7 +320,9 @@ fn become_program(
     }
     // Without it the keeper must suffice.
     let _inherited = in_flight.and_then(|in_flight| in_flight.make_inheritable().ok());
-    let [program, arguments @ ..] = command else { return code::USAGE };
+    let [program, arguments @ ..] = command else {
+        return code::USAGE;
+    };
     let mut command = Command::new(program);
     command.args(arguments);
     hold.tell(&mut command);
@@ -303,7 +342,10 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
     let adopts = loss.is_some() || is_first();
     let mut kill_at: Option<Instant> = None;
     loop {
-        let mut watched = vec![PollFd::new(&program.pidfd, PollFlags::IN), PollFd::new(&signals.read, PollFlags::IN)];
+        let mut watched = vec![
+            PollFd::new(&program.pidfd, PollFlags::IN),
+            PollFd::new(&signals.read, PollFlags::IN),
+        ];
         watched.extend(loss.map(|loss| PollFd::new(&loss.0, PollFlags::IN)));
         let left = kill_at.map(|until| until.saturating_duration_since(Instant::now()));
         let timeout = left.or(adopts.then_some(REAPING)).map(timespec);
@@ -312,7 +354,10 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
             // Then the program can only be waited for.
             Err(_) => return program.status().unwrap_or(code::OS),
         }
-        let ready: Vec<bool> = watched.iter().map(|watched| !watched.revents().is_empty()).collect();
+        let ready: Vec<bool> = watched
+            .iter()
+            .map(|watched| !watched.revents().is_empty())
+            .collect();
         if ready[0] {
             let status = program.status().unwrap_or(code::OS);
             if kill_at.is_some() {
@@ -328,9 +373,16 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
         }
         if ready.get(2) == Some(&true) {
             let mut reason = [0; 512];
-            let read = loss.take().and_then(|loss| (&loss.0).read(&mut reason).ok()).unwrap_or_default();
+            let read = loss
+                .take()
+                .and_then(|loss| (&loss.0).read(&mut reason).ok())
+                .unwrap_or_default();
             let reason = String::from_utf8_lossy(&reason[..read]).into_owned();
-            Failure::new(code::TEMPORARY, format!("{reason}, so the program is ended")).show();
+            Failure::new(
+                code::TEMPORARY,
+                format!("{reason}, so the program is ended"),
+            )
+            .show();
             signal_descendants(Signal::TERM);
             kill_at = Some(Instant::now() + job.grace);
         }
@@ -342,7 +394,10 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
 }
 
 fn timespec(span: Duration) -> Timespec {
-    Timespec { tv_sec: span.as_secs() as i64, tv_nsec: span.subsec_nanos().into() }
+    Timespec {
+        tv_sec: span.as_secs() as i64,
+        tv_nsec: span.subsec_nanos().into(),
+    }
 }
 
 /// Reaps ended children, except `program`.
@@ -357,8 +412,9 @@ fn bury_others(program: Option<Pid>) {
     }
 }
 
-/// Waits until the processes that the ended program has left behind have ended, too, and kills those that remain at
-/// `until`. Processes that may not be signalled, such as a set-uid program, are left.
+/// Waits until the processes that the ended program has left behind have ended, too, and kills
+/// those that remain at `until`. Processes that may not be signalled, such as a set-uid program,
+/// are left.
 fn end_descendants(until: Option<Instant>) {
     loop {
         // Signal 0 only checks whether a signal may be sent.
@@ -398,27 +454,48 @@ fn descendants() -> Vec<Pid> {
     let mut at = 0;
     while at < found.len() {
         let above = found[at];
-        found.extend(parents.iter().filter(|(_, parent)| *parent == above).map(|(pid, _)| *pid));
+        found.extend(
+            parents
+                .iter()
+                .filter(|(_, parent)| *parent == above)
+                .map(|(pid, _)| *pid),
+        );
         at += 1;
     }
-    found.into_iter().skip(1).filter_map(Pid::from_raw).collect()
+    found
+        .into_iter()
+        .skip(1)
+        .filter_map(Pid::from_raw)
+        .collect()
 }
 
-/// A copy of a lock's descriptor, in transit in a socket that no process reads: it counts as open as long as the socket
-/// is. The program and all its children inherit the socket. Any process that has the socket can take the descriptor
-/// out, so that the lock is free however many processes still have the socket.
+/// A copy of a lock's descriptor, in transit in a socket that no process reads: it counts as open
+/// as long as the socket is. The program and all its children inherit the socket. Any process that
+/// has the socket can take the descriptor out, so that the lock is free however many processes
+/// still have the socket.
 struct InFlightDescriptor(OwnedFd);
 
 impl InFlightDescriptor {
     fn new(descriptor: &OwnedFd) -> Result<Self, Failure> {
         let failed = |error| Failure::io("send a descriptor into a socket", error);
-        let (way_in, socket) =
-            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
+        let (way_in, socket) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(failed)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut rights = SendAncillaryBuffer::new(&mut space);
         let sent = [descriptor.as_fd()];
         rights.push(SendAncillaryMessage::ScmRights(&sent));
-        sendmsg(&way_in, &[IoSlice::new(b"!")], &mut rights, SendFlags::empty()).map_err(failed)?;
+        sendmsg(
+            &way_in,
+            &[IoSlice::new(b"!")],
+            &mut rights,
+            SendFlags::empty(),
+        )
+        .map_err(failed)?;
         Ok(Self(socket))
     }
 
@@ -436,7 +513,12 @@ impl InFlightDescriptor {
         let mut rights = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
         // The received descriptor is closed with the buffer.
-        let _ = recvmsg(&self.0, &mut [IoSliceMut::new(&mut [0])], &mut rights, flags);
+        let _ = recvmsg(
+            &self.0,
+            &mut [IoSliceMut::new(&mut [0])],
+            &mut rights,
+            flags,
+        );
     }
 }
 
@@ -448,8 +530,9 @@ struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the keeper. The keeper opens the gate itself, once signals for lockkit cannot reach it. This process
-    /// closes its end of the gate: otherwise the program would wait for ever if the keeper were killed before that.
+    /// Starts the keeper. The keeper opens the gate itself, once signals for lockkit cannot reach
+    /// it. This process closes its end of the gate: otherwise the program would wait for ever if
+    /// the keeper were killed before that.
     fn start(
         descriptor: OwnedFd,
         in_flight: Option<&InFlightDescriptor>,
@@ -461,7 +544,9 @@ impl Keeper {
             None => {
                 drop(life);
                 keep(&program.pidfd, life_of_parent, gate);
-                in_flight.iter().for_each(|in_flight| in_flight.receive_and_close());
+                in_flight
+                    .iter()
+                    .for_each(|in_flight| in_flight.receive_and_close());
                 drop(descriptor);
                 std::process::exit(0)
             }
@@ -476,14 +561,20 @@ impl Keeper {
     }
 }
 
-/// Runs the keeper's part. Returns when the parent has closed its pipe or was killed, and the program has ended.
+/// Runs the keeper's part. Returns when the parent has closed its pipe or was killed, and the
+/// program has ended.
 fn keep(program: &OwnedFd, mut parent: File, gate: File) {
-    // Detached from the terminal and from signals to the job, none of which is blocked for the program.
+    // Detached from the terminal and from signals to the job, none of which is blocked for the
+    // program.
     let _ = setsid();
     sys::rename_process(KEEPER);
     open_gate(gate);
     // A reader of the program's output must not wait for the keeper.
-    if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
+    if let Ok(null) = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+    {
         let _ = rustix::stdio::dup2_stdin(&null);
         let _ = rustix::stdio::dup2_stdout(&null);
         let _ = rustix::stdio::dup2_stderr(&null);
@@ -493,8 +584,8 @@ fn keep(program: &OwnedFd, mut parent: File, gate: File) {
     let _ = retry_on_intr(|| poll(&mut ended, None));
 }
 
-/// Runs `lead` in a child, which continues when this process is killed, and returns its exit code. If the child is
-/// killed, everything that it has started is killed, too.
+/// Runs `lead` in a child, which continues when this process is killed, and returns its exit code.
+/// If the child is killed, everything that it has started is killed, too.
 pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
     let signals = Signals::block()?;
     sys::wait_for_children();
@@ -518,11 +609,16 @@ pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
         Some(pid) => Child::new(pid)?,
     };
     loop {
-        let mut watched = [PollFd::new(&leader.pidfd, PollFlags::IN), PollFd::new(&signals.read, PollFlags::IN)];
+        let mut watched = [
+            PollFd::new(&leader.pidfd, PollFlags::IN),
+            PollFd::new(&signals.read, PollFlags::IN),
+        ];
         let timeout = is_first().then(|| timespec(REAPING));
         let polled = retry_on_intr(|| poll(&mut watched, timeout.as_ref()));
         if polled.is_err() || !watched[0].revents().is_empty() {
-            let Some(status) = leader.end() else { return Ok(code::OS) };
+            let Some(status) = leader.end() else {
+                return Ok(code::OS);
+            };
             if status.terminating_signal().is_some() {
                 end_descendants(None);
             }

@@ -29,7 +29,8 @@ pub(crate) enum Table {
         /// The number of locks in the table.
         #[arg(long, value_name = "N", default_value_t = 2048)]
         capacity: u32,
-        /// Creates a directory with a file for each lock, instead of shared memory. It has no capacity.
+        /// Creates a directory with a file for each lock, instead of shared memory. It has no
+        /// capacity.
         #[arg(long, conflicts_with = "capacity")]
         directory: bool,
     },
@@ -59,8 +60,8 @@ pub(crate) enum Table {
         /// The numbers.
         #[arg(required_unless_present = "all", value_name = "ID")]
         ids: Vec<u32>,
-        /// Frees all numbers. A program that still uses an old number then shares it with the next program that gets
-        /// it.
+        /// Frees all numbers. A program that still uses an old number then shares it with the next
+        /// program that gets it.
         #[arg(long, conflicts_with = "ids")]
         all: bool,
         /// Frees all numbers without asking for a confirmation.
@@ -69,10 +70,11 @@ pub(crate) enum Table {
     },
     /// Frees all locks, and gives each number that is in use a new one.
     ///
-    /// This repairs a table whose numbers were given out twice, or were not freed by programs that have ended. The
-    /// command reads the numbers in use, one for each object that has a lock, from the arguments or the standard input.
-    /// It prints each with its new number. A number that appears twice gets two new numbers. No program may use the
-    /// table meanwhile: the command fails while a lock is held.
+    /// This repairs a table whose numbers were given out twice, or were not freed by programs that
+    /// have ended. The command reads the numbers in use, one for each object that has a lock, from
+    /// the arguments or the standard input. It prints each with its new number. A number that
+    /// appears twice gets two new numbers. No program may use the table meanwhile: the command
+    /// fails while a lock is held.
     #[command(after_help = "Example: lockkit table renumber /dev/shm/app.locks --yes 17 18 18")]
     Renumber {
         /// The table.
@@ -88,7 +90,10 @@ pub(crate) enum Table {
 
 fn open(path: &Path) -> Result<Box<dyn LockManager>, Failure> {
     let example = |error: lockkit::Error| {
-        Failure::from(error).example(format!("lockkit table create {} --capacity 2048", path.display()))
+        Failure::from(error).example(format!(
+            "lockkit table create {} --capacity 2048",
+            path.display()
+        ))
     };
     Ok(match path.is_dir() {
         true => Box::new(FileLockManager::open(path).map_err(example)?),
@@ -99,11 +104,19 @@ fn open(path: &Path) -> Result<Box<dyn LockManager>, Failure> {
 impl Table {
     pub(crate) fn carry_out(self) -> Outcome {
         match self {
-            Self::Create { path, directory: true, .. } => {
+            Self::Create {
+                path,
+                directory: true,
+                ..
+            } => {
                 FileLockManager::create(path)?;
                 Ok(code::OK)
             }
-            Self::Create { path, capacity, directory: false } => {
+            Self::Create {
+                path,
+                capacity,
+                directory: false,
+            } => {
                 ShmLockManager::create(path, capacity)?;
                 Ok(code::OK)
             }
@@ -115,10 +128,16 @@ impl Table {
                     None => table.allocate()?,
                 };
                 // A number that was not printed is freed again.
-                report::say(|out| writeln!(out, "{}", lock.id())).inspect_err(|_| drop(lock.free()))?;
+                report::say(|out| writeln!(out, "{}", lock.id()))
+                    .inspect_err(|_| drop(lock.free()))?;
                 Ok(code::OK)
             }
-            Self::Free { path, all: true, yes, .. } => {
+            Self::Free {
+                path,
+                all: true,
+                yes,
+                ..
+            } => {
                 let table = open(&path)?;
                 agreed(yes, &format!("Free all locks of {}?", path.display()))?;
                 table.free_all()?;
@@ -141,7 +160,10 @@ fn list(path: PathBuf, json: bool) -> Outcome {
     drop(open(&path)?);
     let report = report::at(&Target::Path(path), Default::default(), FileLocks::read)?;
     match json {
-        true => report::json(&Form { version: report::VERSION, lock: &report })?,
+        true => report::json(&Form {
+            version: report::VERSION,
+            lock: &report,
+        })?,
         false => report::say(|mut out| report.show(&mut out))?,
     }
     Ok(code::OK)
@@ -160,15 +182,32 @@ fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
         ids = read_ids()?;
     }
     if let Some(held) = table.held()?.first() {
-        let message = format!("lock {} of {} is held by {}", held.id(), path.display(), held.owner().describe());
+        let message = format!(
+            "lock {} of {} is held by {}",
+            held.id(),
+            path.display(),
+            held.owner().describe()
+        );
         return Err(Failure::new(code::TEMPORARY, message));
     }
     check_capacity(path, ids.len())?;
-    agreed(yes, &format!("Free all locks of {}, and give {} numbers anew?", path.display(), ids.len()))?;
+    agreed(
+        yes,
+        &format!(
+            "Free all locks of {}, and give {} numbers anew?",
+            path.display(),
+            ids.len()
+        ),
+    )?;
     table.free_all()?;
     let renumbered = allocate_all(&*table, ids)?;
-    // Printed only now: a reader that stops reading ends this command, which must not happen halfway.
-    report::say(|out| renumbered.iter().try_for_each(|(id, new)| writeln!(out, "{id} {new}")))?;
+    // Printed only now: a reader that stops reading ends this command, which must not happen
+    // halfway.
+    report::say(|out| {
+        renumbered
+            .iter()
+            .try_for_each(|(id, new)| writeln!(out, "{id} {new}"))
+    })?;
     Ok(code::OK)
 }
 
@@ -176,29 +215,42 @@ fn read_ids() -> Result<Vec<u32>, Failure> {
     let mut ids = Vec::new();
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(|error| Failure::io("read the numbers", error))?;
-        let wrong = |_| Failure::usage(format!("{line:?} is no number of a lock")).example("echo 17 | lockkit …");
-        ids.extend(line.split_whitespace().map(|id| id.parse().map_err(wrong)).collect::<Result<Vec<u32>, _>>()?);
+        let wrong = |_| {
+            Failure::usage(format!("{line:?} is no number of a lock"))
+                .example("echo 17 | lockkit …")
+        };
+        ids.extend(
+            line.split_whitespace()
+                .map(|id| id.parse().map_err(wrong))
+                .collect::<Result<Vec<u32>, _>>()?,
+        );
     }
     Ok(ids)
 }
 
-/// Checks before any lock is freed that the table has room. Halfway through, the old numbers would be gone and the new
-/// ones not yet printed.
+/// Checks before any lock is freed that the table has room. Halfway through, the old numbers would
+/// be gone and the new ones not yet printed.
 fn check_capacity(path: &Path, count: usize) -> Result<(), Failure> {
     if path.is_dir() {
         return Ok(());
     }
     let capacity = ShmLockManager::open(path)?.capacity();
     if count > capacity as usize {
-        let message = format!("{} has room for {capacity} locks, and {count} were given", path.display());
-        let example = format!("lockkit table create {}.new --capacity {count}", path.display());
+        let message = format!(
+            "{} has room for {capacity} locks, and {count} were given",
+            path.display()
+        );
+        let example = format!(
+            "lockkit table create {}.new --capacity {count}",
+            path.display()
+        );
         return Err(Failure::new(code::UNAVAILABLE, message).example(example));
     }
     Ok(())
 }
 
-/// Allocates a number for each use. Returns each number with its new one. The first use of a number keeps it. Further
-/// uses get new numbers afterwards, so that none of them takes a kept number.
+/// Allocates a number for each use. Returns each number with its new one. The first use of a number
+/// keeps it. Further uses get new numbers afterwards, so that none of them takes a kept number.
 fn allocate_all(table: &dyn LockManager, ids: Vec<u32>) -> Result<Vec<(u32, u32)>, Failure> {
     let mut kept: BTreeMap<u32, bool> = ids.iter().map(|id| (*id, false)).collect();
     for (id, is_kept) in &mut kept {

@@ -1,5 +1,5 @@
-//! Tests of the command `lockkit` on every system that has it: its core, without the parts of only one system. The
-//! Linux parts are in `cli.rs`.
+//! Tests of the command `lockkit` on every system that has it: its core, without the parts of only
+//! one system. The Linux parts are in `cli.rs`.
 
 #![cfg(any(target_os = "linux", windows))]
 
@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use lockkit::{FileLock, Lease, LeaseStatus, NamedLock, PidFile, PidStatus};
 use serde_json::Value;
 
-/// The time limit for anything that must happen: far more than it needs, because machines can be slow.
+/// The time limit for anything that must happen: far more than it needs, because machines can be
+/// slow.
 const LIVELY: Duration = Duration::from_secs(30);
 
 /// The variable with the task of the program of `run`, which is this test program itself.
@@ -28,12 +29,19 @@ fn until(what: &str, mut fact: impl FnMut() -> bool) {
 fn fresh_name() -> String {
     use std::sync::atomic::{AtomicU32, Ordering};
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("lockkit-command-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    format!(
+        "lockkit-command-{}-{}",
+        std::process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    )
 }
 
 fn lockkit(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lockkit"));
-    command.args(arguments).stdin(Stdio::null()).env("NO_COLOR", "1");
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .env("NO_COLOR", "1");
     command
 }
 
@@ -53,8 +61,13 @@ fn json(arguments: &[&str]) -> Value {
 /// Returns `lockkit run` with the options `under`, whose program does `task`.
 fn run(under: &[&str], task: &str) -> Command {
     let mut command = lockkit(&["run"]);
-    command.args(under).arg("--").arg(std::env::current_exe().unwrap());
-    command.args(["the_program", "--exact", "--nocapture"]).env(TASK, task);
+    command
+        .args(under)
+        .arg("--")
+        .arg(std::env::current_exe().unwrap());
+    command
+        .args(["the_program", "--exact", "--nocapture"])
+        .env(TASK, task);
     command
 }
 
@@ -64,9 +77,14 @@ fn held(under: &[&str]) -> (Child, u32) {
 }
 
 fn said_by(command: &mut Command) -> (Child, u32) {
-    let mut child = command.stdout(Stdio::piped()).spawn().expect("lockkit starts");
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("lockkit starts");
     let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
-    let pid = lines.map_while(Result::ok).find_map(|line| line.split("I am ").nth(1)?.trim().parse().ok());
+    let pid = lines
+        .map_while(Result::ok)
+        .find_map(|line| line.split("I am ").nth(1)?.trim().parse().ok());
     (child, pid.expect("it says its pid"))
 }
 
@@ -85,7 +103,10 @@ fn the_program() {
         }
         #[cfg(windows)]
         Ok(task) if task.starts_with("interrupt ") => interrupt(&task["interrupt ".len()..]),
-        Ok("token") => println!("token={}", std::env::var("LOCKKIT_TOKEN").unwrap_or_default()),
+        Ok("token") => println!(
+            "token={}",
+            std::env::var("LOCKKIT_TOKEN").unwrap_or_default()
+        ),
         Ok(code) => std::process::exit(code.parse().expect("an exit code")),
         Err(_) => {}
     }
@@ -95,19 +116,51 @@ fn the_program() {
 fn run_exits_with_program_code_or_75_if_held() {
     let name = fresh_name();
     for given in ["0", "3", "200"] {
-        let status = run(&["--name", &name], given).stdout(Stdio::null()).status().unwrap();
+        let status = run(&["--name", &name], given)
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
         assert_eq!(status.code(), Some(given.parse().unwrap()));
     }
     #[cfg(windows)]
-    assert_eq!(run(&["--name", &name], "259").stdout(Stdio::null()).status().unwrap().code(), Some(259));
-    assert_eq!(code(&["run", "--name", &name, "--", "no-such-program-of-lockkits"]), 127);
+    assert_eq!(
+        run(&["--name", &name], "259")
+            .stdout(Stdio::null())
+            .status()
+            .unwrap()
+            .code(),
+        Some(259)
+    );
+    assert_eq!(
+        code(&["run", "--name", &name, "--", "no-such-program-of-lockkits"]),
+        127
+    );
     let guard = NamedLock::new(&name).unwrap().try_lock().unwrap();
     let refused = run(&["--try", "--name", &name], "0").output().unwrap();
     assert_eq!(refused.status.code(), Some(75));
-    assert!(String::from_utf8_lossy(&refused.stderr).contains(&format!("pid {}", std::process::id())), "{refused:?}");
-    assert_eq!(run(&["--timeout", "50ms", "--exit-code", "9", "--name", &name], "0").status().unwrap().code(), Some(9));
+    assert!(
+        String::from_utf8_lossy(&refused.stderr).contains(&format!("pid {}", std::process::id())),
+        "{refused:?}"
+    );
+    assert_eq!(
+        run(
+            &["--timeout", "50ms", "--exit-code", "9", "--name", &name],
+            "0"
+        )
+        .status()
+        .unwrap()
+        .code(),
+        Some(9)
+    );
     drop(guard);
-    assert_eq!(run(&["--try", "--name", &name], "4").stdout(Stdio::null()).status().unwrap().code(), Some(4));
+    assert_eq!(
+        run(&["--try", "--name", &name], "4")
+            .stdout(Stdio::null())
+            .status()
+            .unwrap()
+            .code(),
+        Some(4)
+    );
 }
 
 #[test]
@@ -121,7 +174,11 @@ fn run_running_status_names_program_and_wait_waits() {
     assert_eq!(seen["lock"]["holders"][0]["pid"], program);
     assert_eq!(code(&["wait", &name, "--timeout", "50ms"]), 75);
     let listed = json(&["list", "--json"]);
-    let names = listed["locks"].as_array().unwrap().iter().map(|lock| lock["name"].as_str().unwrap_or_default());
+    let names = listed["locks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|lock| lock["name"].as_str().unwrap_or_default());
     assert!(names.into_iter().any(|listed| listed == name), "{listed}");
     let mut waits = lockkit(&["wait", &name]).spawn().unwrap();
     assert!(waits.try_wait().unwrap().is_none());
@@ -141,11 +198,18 @@ fn end(pid: u32) {
     } else {
         command.args(["-KILL", &pid.to_string()]);
     }
-    assert!(command.stdin(Stdio::null()).stdout(Stdio::null()).status().unwrap().success());
+    assert!(
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
+            .unwrap()
+            .success()
+    );
 }
 
-/// On Linux the lock outlives the killed lockkit, and a keeper holds the lock. On Windows the program ends with
-/// lockkit.
+/// On Linux the lock outlives the killed lockkit, and a keeper holds the lock. On Windows the
+/// program ends with lockkit.
 #[test]
 fn kill_of_lockkit_keeps_lock_while_program_lives() {
     let directory = tempfile::tempdir().unwrap();
@@ -167,7 +231,8 @@ fn kill_of_lockkit_keeps_lock_while_program_lives() {
 #[cfg(windows)]
 const NO_CONSOLE: &str = "no console can be made here";
 
-/// A console sends the event to a group of processes, as Ctrl-C goes to all processes of the console.
+/// A console sends the event to a group of processes, as Ctrl-C goes to all processes of the
+/// console.
 #[cfg(windows)]
 #[test]
 fn console_interrupt_ends_program_and_lockkit_waits() {
@@ -177,19 +242,33 @@ fn console_interrupt_ends_program_and_lockkit_waits() {
 
     let name = fresh_name();
     let mut interrupter = Command::new(std::env::current_exe().unwrap());
-    interrupter.args(["the_program", "--exact", "--nocapture"]).env(TASK, format!("interrupt {name}"));
-    let told = interrupter.stdin(Stdio::null()).creation_flags(CREATE_NEW_CONSOLE).output().unwrap();
+    interrupter
+        .args(["the_program", "--exact", "--nocapture"])
+        .env(TASK, format!("interrupt {name}"));
+    let told = interrupter
+        .stdin(Stdio::null())
+        .creation_flags(CREATE_NEW_CONSOLE)
+        .output()
+        .unwrap();
     let text = String::from_utf8_lossy(&told.stdout);
     if text.contains(NO_CONSOLE) {
         use std::io::Write;
         // A print macro cannot do this, because test runners capture its output.
-        return writeln!(std::io::stderr(), "left out: an interrupt of the console: {NO_CONSOLE}").unwrap();
+        return writeln!(
+            std::io::stderr(),
+            "left out: an interrupt of the console: {NO_CONSOLE}"
+        )
+        .unwrap();
     }
-    assert!(text.contains(&format!("it ended with {STATUS_CONTROL_C_EXIT}.")), "{told:?}");
+    assert!(
+        text.contains(&format!("it ended with {STATUS_CONTROL_C_EXIT}.")),
+        "{told:?}"
+    );
     drop(NamedLock::new(&name).unwrap().lock_for(LIVELY).unwrap());
 }
 
-/// Lets `lockkit run` hold `name` on the console of this process, interrupts it, and reports its exit status.
+/// Lets `lockkit run` hold `name` on the console of this process, interrupts it, and reports its
+/// exit status.
 #[cfg(windows)]
 #[allow(unsafe_code)]
 fn interrupt(name: &str) {
@@ -198,7 +277,8 @@ fn interrupt(name: &str) {
     use windows_sys::Win32::System::Console::{CTRL_BREAK_EVENT, GenerateConsoleCtrlEvent};
     use windows_sys::Win32::System::Threading::CREATE_NEW_PROCESS_GROUP;
 
-    let (mut holder, program) = said_by(run(&["--name", name], "stay").creation_flags(CREATE_NEW_PROCESS_GROUP));
+    let (mut holder, program) =
+        said_by(run(&["--name", name], "stay").creation_flags(CREATE_NEW_PROCESS_GROUP));
     // SAFETY: sends an event to the group of a child that has not been waited for.
     let sent = unsafe { GenerateConsoleCtrlEvent(CTRL_BREAK_EVENT, holder.id()) };
     let error = std::io::Error::last_os_error();
@@ -207,7 +287,10 @@ fn interrupt(name: &str) {
         return println!("{NO_CONSOLE}");
     }
     assert!(sent != 0, "an interrupt can be sent: {error}");
-    println!("it ended with {}.", holder.wait().unwrap().code().unwrap_or_default());
+    println!(
+        "it ended with {}.",
+        holder.wait().unwrap().code().unwrap_or_default()
+    );
 }
 
 #[test]
@@ -217,7 +300,9 @@ fn run_pidfile_names_program_and_check_shows_state() {
     let text = path.to_str().unwrap();
     assert_eq!(code(&["pidfile", "check", text]), 66);
     let (mut holder, program) = held(&["--pidfile", text]);
-    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(owner) if owner.pid() == program));
+    assert!(
+        matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(owner) if owner.pid() == program)
+    );
     assert_eq!(code(&["pidfile", "check", text]), 1);
     assert_eq!(code(&["status", text]), 1);
     end(program);
@@ -241,7 +326,10 @@ fn lease_show_reports_token_and_steal_ends_program() {
     let told = run(&["--lease", text], "token").output().unwrap();
     let said = String::from_utf8_lossy(&told.stdout).into_owned();
     let token = |line: &str| line.split("token=").nth(1)?.trim().parse::<u64>().ok();
-    let first = said.lines().find_map(token).unwrap_or_else(|| panic!("{told:?}"));
+    let first = said
+        .lines()
+        .find_map(token)
+        .unwrap_or_else(|| panic!("{told:?}"));
     assert_eq!(code(&["lease", "show", text]), 0);
     let (mut holder, program) = held(&["--lease", text, "--ttl", "5s", "--grace", "1s"]);
     let shown = json(&["lease", "show", text, "--json"]);
@@ -252,7 +340,10 @@ fn lease_show_reports_token_and_steal_ends_program() {
     assert_eq!(code(&["lease", "steal", text, "--yes"]), 0);
     until("the program has ended", || !is_alive(program));
     assert!(!holder.wait().unwrap().success());
-    assert!(matches!(Lease::file(&path).build().unwrap().status().unwrap(), LeaseStatus::Free));
+    assert!(matches!(
+        Lease::file(&path).build().unwrap().status().unwrap(),
+        LeaseStatus::Free
+    ));
 }
 
 #[test]
@@ -261,7 +352,12 @@ fn table_in_directory_allocates_numbers() {
     let path = directory.path().join("table");
     let text = path.to_str().unwrap();
     assert_eq!(code(&["table", "create", "--directory", text]), 0);
-    let number = |arguments: &[&str]| String::from_utf8(output(arguments).stdout).unwrap().trim().to_owned();
+    let number = |arguments: &[&str]| {
+        String::from_utf8(output(arguments).stdout)
+            .unwrap()
+            .trim()
+            .to_owned()
+    };
     assert_eq!(number(&["table", "allocate", text]), "0");
     assert_eq!(number(&["table", "allocate", text]), "1");
     assert_eq!(code(&["table", "free", text, "0"]), 0);
@@ -274,7 +370,11 @@ fn table_in_directory_allocates_numbers() {
 fn unsupported_command_on_windows_exits_69() {
     let directory = tempfile::tempdir().unwrap();
     let table = directory.path().join("table");
-    for arguments in [&["flock", "-n", "a"][..], &["doctor"], &["table", "create", table.to_str().unwrap()]] {
+    for arguments in [
+        &["flock", "-n", "a"][..],
+        &["doctor"],
+        &["table", "create", table.to_str().unwrap()],
+    ] {
         let output = output(arguments);
         assert_eq!(output.status.code(), Some(69), "{output:?}");
         assert!(!output.stderr.is_empty());

@@ -13,11 +13,13 @@ use tempfile::TempDir;
 
 use common::{PROGRAM, Running, code, code_of, left_out, lockkit, output, text};
 
-/// Returns the machine's flock(1) and ours, each under the name `flock` in a directory of its own, as `sh` would find
-/// them.
+/// Returns the machine's flock(1) and ours, each under the name `flock` in a directory of its own,
+/// as `sh` would find them.
 fn both_flocks() -> Option<(TempDir, [PathBuf; 2])> {
     let paths = std::env::var_os("PATH").unwrap_or_default();
-    let Some(real) = std::env::split_paths(&paths).map(|directory| directory.join("flock")).find(|path| path.is_file())
+    let Some(real) = std::env::split_paths(&paths)
+        .map(|directory| directory.join("flock"))
+        .find(|path| path.is_file())
     else {
         left_out("this machine has no flock(1)");
         return None;
@@ -43,20 +45,26 @@ const WORDS: [[&str; 2]; 3] = [
 #[cfg(not(target_env = "musl"))]
 const WORDS: [[&str; 2]; 0] = [];
 
-/// Returns the part of the result that must be equal: the exit code, and both outputs. The program's own path, the
-/// times, and the C library's texts are normalised.
+/// Returns the part of the result that must be equal: the exit code, and both outputs. The
+/// program's own path, the times, and the C library's texts are normalised.
 fn outcome(program: &Path, command: &mut Command) -> (i32, String, String) {
     let ended = command.output().expect("it starts");
     let plain = |bytes: &[u8]| {
         // Each byte becomes one letter, so that no byte is mistaken for another.
         let text: String = bytes.iter().map(|byte| char::from(*byte)).collect();
         let text = text.replace(&program.display().to_string(), "flock");
-        let text = WORDS.iter().fold(text, |text, [ours, theirs]| text.replace(ours, theirs));
+        let text = WORDS
+            .iter()
+            .fold(text, |text, [ours, theirs]| text.replace(ours, theirs));
         text.lines()
             .map(|line| match line.split_once("getting lock took ") {
                 Some((begin, took)) => {
                     let seconds = took.strip_suffix(" seconds").expect("a time");
-                    assert_eq!(seconds.split_once('.').map(|(_, micros)| micros.len()), Some(6), "{line}");
+                    assert_eq!(
+                        seconds.split_once('.').map(|(_, micros)| micros.len()),
+                        Some(6),
+                        "{line}"
+                    );
                     format!("{begin}getting lock took T seconds\n")
                 }
                 None => format!("{line}\n"),
@@ -66,8 +74,8 @@ fn outcome(program: &Path, command: &mut Command) -> (i32, String, String) {
     (code_of(&ended), plain(&ended.stdout), plain(&ended.stderr))
 }
 
-/// In the arguments below: a free file, a file that is locked exclusively, a file that is locked shared, and a
-/// directory.
+/// In the arguments below: a free file, a file that is locked exclusively, a file that is locked
+/// shared, and a directory.
 const PLACES: [&str; 4] = ["{free}", "{held}", "{shared}", "{directory}"];
 
 /// Running commands.
@@ -212,7 +220,9 @@ const DESCRIPTORS: &[&[&str]] = &[
 
 #[test]
 fn flock_matches_system_flock() {
-    let Some((directory, both)) = both_flocks() else { return };
+    let Some((directory, both)) = both_flocks() else {
+        return;
+    };
     let file = directory.path().join("file").display().to_string();
     let held = directory.path().join("held").display().to_string();
     let shared = directory.path().join("shared").display().to_string();
@@ -233,11 +243,16 @@ fn flock_matches_system_flock() {
         let arguments: Vec<_> = arguments.iter().copied().map(path_of).collect();
         let ended = both.each_ref().map(|program| {
             let mut command = Command::new(program);
-            // The commands run in a directory of their own, because one case creates files with odd names.
-            command.args(&arguments).stdin(File::open("/etc/hostname").expect("a file")).current_dir(directory.path());
+            // The commands run in a directory of their own, because one case creates files with odd
+            // names.
+            command
+                .args(&arguments)
+                .stdin(File::open("/etc/hostname").expect("a file"))
+                .current_dir(directory.path());
             command.env("SHELL", "/bin/sh").env("LC_ALL", "C");
             let (code, stdout, stderr) = outcome(program, &mut command);
-            // If the output is a pipe, the machine's own flock writes its messages after the command's.
+            // If the output is a pipe, the machine's own flock writes its messages after the
+            // command's.
             let mut lines: Vec<_> = stdout.lines().map(str::to_owned).collect();
             lines.sort_unstable();
             (code, lines, stderr)
@@ -248,7 +263,9 @@ fn flock_matches_system_flock() {
 
 #[test]
 fn flock_by_descriptor_matches_system_flock() {
-    let Some((directory, both)) = both_flocks() else { return };
+    let Some((directory, both)) = both_flocks() else {
+        return;
+    };
     let scripts = [
         // The shell holds the lock from the command on, until it closes the descriptor.
         "exec 9>file; flock -n 9; echo $?; real -n file true; echo $?; exec 9>&-; real -n file true; echo $?",
@@ -295,7 +312,11 @@ fn flock_by_descriptor_matches_system_flock() {
                 std::env::var("PATH").expect("a path")
             );
             let mut command = Command::new("bash");
-            command.args(["-c", &script]).current_dir(work.path()).env("PATH", path).env("LC_ALL", "C");
+            command
+                .args(["-c", &script])
+                .current_dir(work.path())
+                .env("PATH", path)
+                .env("LC_ALL", "C");
             let (code, mut stdout, stderr) = outcome(program, &mut command);
             if script.contains("echo $$") {
                 stdout = stdout.lines().skip(1).collect();
@@ -308,18 +329,29 @@ fn flock_by_descriptor_matches_system_flock() {
 
 #[test]
 fn flock_subcommand_excludes_system_flock() {
-    let Some((directory, both)) = both_flocks() else { return };
+    let Some((directory, both)) = both_flocks() else {
+        return;
+    };
     let file = directory.path().join("file").display().to_string();
     let mut holder = lockkit(["flock", &file, "sh", "-c", "echo held; exec sleep 60"]);
     holder.stderr(Stdio::null());
     let mut holder = Running::start(holder);
     assert_eq!(holder.line(), "held");
-    let real = |arguments: &[&str]| Command::new(&both[0]).args(arguments).status().expect("it starts").code();
+    let real = |arguments: &[&str]| {
+        Command::new(&both[0])
+            .args(arguments)
+            .status()
+            .expect("it starts")
+            .code()
+    };
     assert_eq!(real(&["-n", &file, "true"]), Some(1));
     assert_eq!(code(["flock", "-n", &file, "true"]), 1);
     assert_eq!(code(["run", "--try", "--file", &file, "--", "true"]), 75);
     assert_eq!(code(["status", &file]), 1);
-    assert!(text(&output(["flock", "--help"]).stdout).contains("flock [options] <file>|<directory> <command>"));
+    assert!(
+        text(&output(["flock", "--help"]).stdout)
+            .contains("flock [options] <file>|<directory> <command>")
+    );
     assert!(text(&output(["flock", "-V"]).stdout).starts_with("flock from lockkit "));
 }
 
@@ -327,7 +359,13 @@ fn flock_subcommand_excludes_system_flock() {
 fn flock_timed_wait_acquires_released_lock() {
     let directory = TempDir::new().expect("a directory");
     let file = directory.path().join("file").display().to_string();
-    let mut holder = Running::start(lockkit(["flock", &file, "sh", "-c", "echo held; sleep 0.3"]));
+    let mut holder = Running::start(lockkit([
+        "flock",
+        &file,
+        "sh",
+        "-c",
+        "echo held; sleep 0.3",
+    ]));
     assert_eq!(holder.line(), "held");
     assert_eq!(code(["flock", "-w", "30", &file, "true"]), 0);
 }

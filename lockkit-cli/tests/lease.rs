@@ -12,7 +12,8 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 use common::{
-    Lock, PROGRAM, Running, code, code_of, json, left_out, lockkit, output, read_until, terminal, text, until,
+    Lock, PROGRAM, Running, code, code_of, json, left_out, lockkit, output, read_until, terminal,
+    text, until,
 };
 
 #[test]
@@ -26,11 +27,17 @@ fn lease_held_is_shown_released_and_stolen() {
     assert_eq!(code(["lease", "show", &url]), 1);
     let refused = output(["lease", "release", &url]);
     assert_eq!(code_of(&refused), 75);
-    assert!(text(&refused.stderr).contains(&format!("pid {holder}")), "{refused:?}");
+    assert!(
+        text(&refused.stderr).contains(&format!("pid {holder}")),
+        "{refused:?}"
+    );
     assert_eq!(code(["lease", "release", &url, "--token", "1"]), 75);
     assert_eq!(code(["lease", "steal", &url]), 64, "nobody to ask");
     assert_eq!(code(["lease", "show", &url]), 1);
-    assert_eq!(code(["lease", "release", &url, "--token", &token.to_string()]), 0);
+    assert_eq!(
+        code(["lease", "release", &url, "--token", &token.to_string()]),
+        0
+    );
     assert_eq!(code(["lease", "show", &url]), 0);
 }
 
@@ -42,10 +49,18 @@ fn lease_steal_on_terminal_asks_and_names_owner() {
         let shown = json(&output(["lease", "show", &lock.place, "--json"]));
         let (end, mut screen) = terminal(160);
         let mut steal = lockkit(["lease", "steal", &lock.place]);
-        steal.stdin(end.try_clone().expect("a terminal")).stderr(end.try_clone().expect("a terminal"));
+        steal
+            .stdin(end.try_clone().expect("a terminal"))
+            .stderr(end.try_clone().expect("a terminal"));
         let mut steal = Running::start(steal);
         let asked = read_until(&mut screen, |shown| shown.contains("[y/N]"));
-        assert!(asked.contains(&format!("from pid {} (lockkit)", shown["lock"]["holders"][0]["pid"])), "{asked}");
+        assert!(
+            asked.contains(&format!(
+                "from pid {} (lockkit)",
+                shown["lock"]["holders"][0]["pid"]
+            )),
+            "{asked}"
+        );
         screen.write_all(answer.as_bytes()).expect("a terminal");
         assert_eq!(steal.code(), code);
         assert_eq!(lock.status(), after);
@@ -60,7 +75,9 @@ fn steal_lease_of_other_user_requires_root() {
     }
     let as_user = |uid: u32, arguments: &[&str]| {
         let mut command = Command::new("setpriv");
-        command.args(["--reuid", &uid.to_string(), "--clear-groups", PROGRAM]).args(arguments);
+        command
+            .args(["--reuid", &uid.to_string(), "--clear-groups", PROGRAM])
+            .args(arguments);
         command.stdin(Stdio::null());
         command
     };
@@ -69,17 +86,34 @@ fn steal_lease_of_other_user_requires_root() {
     fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).expect("a directory");
     let lease = directory.path().join("lease").display().to_string();
     let (owner, other) = (1_900_001, 1_900_002);
-    if as_user(owner, &["lease", "show", &lease]).status().expect("setpriv starts").code() != Some(0) {
+    if as_user(owner, &["lease", "show", &lease])
+        .status()
+        .expect("setpriv starts")
+        .code()
+        != Some(0)
+    {
         left_out("another user cannot run what was built here");
         return;
     }
-    let mut running =
-        Running::start(as_user(owner, &["run", "--lease", &lease, "--", "sh", "-c", "echo held; exec sleep 60"]));
+    let mut running = Running::start(as_user(
+        owner,
+        &[
+            "run",
+            "--lease",
+            &lease,
+            "--",
+            "sh",
+            "-c",
+            "echo held; exec sleep 60",
+        ],
+    ));
     assert_eq!(running.line(), "held");
     for readable in [false, true] {
         let mode = if readable { 0o666 } else { 0o600 };
         fs::set_permissions(&lease, Permissions::from_mode(mode)).expect("a file");
-        let refused = as_user(other, &["lease", "steal", "--yes", &lease]).output().expect("setpriv starts");
+        let refused = as_user(other, &["lease", "steal", "--yes", &lease])
+            .output()
+            .expect("setpriv starts");
         assert_eq!(code_of(&refused), 77, "{refused:?}");
     }
     assert_eq!(code(["lease", "show", &lease]), 1);
@@ -90,8 +124,13 @@ fn steal_lease_of_other_user_requires_root() {
     // Root may not hold it there either, because that user could take it back.
     let refused = output(["run", "--lease", &lease, "--", "true"]);
     assert_eq!(code_of(&refused), 77);
-    assert!(text(&refused.stderr).contains("another user"), "{refused:?}");
-    let again = as_user(owner, &["run", "--lease", &lease, "--", "true"]).status().expect("setpriv starts");
+    assert!(
+        text(&refused.stderr).contains("another user"),
+        "{refused:?}"
+    );
+    let again = as_user(owner, &["run", "--lease", &lease, "--", "true"])
+        .status()
+        .expect("setpriv starts");
     assert!(again.success());
 }
 
@@ -102,11 +141,15 @@ fn lease_file_url_is_lease_at_path() {
     let url = format!("file://{}", path.replace(' ', "%20"));
     assert_eq!((code(["status", &url]), code(["wait", &url])), (0, 0));
     let mut run = lockkit(["run", "--lease", &url, "--", "sh", "-c"]);
-    run.arg("echo $LOCKKIT_TOKEN; read end").stdin(Stdio::piped());
+    run.arg("echo $LOCKKIT_TOKEN; read end")
+        .stdin(Stdio::piped());
     let mut running = Running::start(run);
     let token: u64 = running.line().parse().expect("a token");
     for place in [&url, &path] {
-        for shown in [output(["status", place, "--json"]), output(["lease", "show", place, "--json"])] {
+        for shown in [
+            output(["status", place, "--json"]),
+            output(["lease", "show", place, "--json"]),
+        ] {
             assert_eq!(code_of(&shown), 1);
             assert_eq!(json(&shown)["lock"]["token"], token);
         }
@@ -115,13 +158,19 @@ fn lease_file_url_is_lease_at_path() {
     }
     let listed = json(&output(["list", "--json"]));
     let locks = listed["locks"].as_array().expect("locks");
-    assert!(locks.iter().any(|lock| lock["name"] == path.as_str() && lock["kind"] == "lease"), "{listed}");
+    assert!(
+        locks
+            .iter()
+            .any(|lock| lock["name"] == path.as_str() && lock["kind"] == "lease"),
+        "{listed}"
+    );
     drop(running.child.stdin.take());
     assert_eq!(code(["wait", &url, "--timeout", "30s"]), 0);
     assert_eq!(code(["status", &url]), 0);
 }
 
-/// Returns whether this build has the store of this URL. Another package of the workspace may have enabled its feature.
+/// Returns whether this build has the store of this URL. Another package of the workspace may have
+/// enabled its feature.
 fn is_built_in(url: &str) -> bool {
     lockkit::Lease::connect(url).build().is_ok()
 }
@@ -149,18 +198,28 @@ fn missing_server_store_error_names_cargo_feature() {
         for refused in refused {
             assert_eq!(code_of(&refused), 69, "{refused:?}");
             let said = text(&refused.stderr);
-            assert!(said.contains(&format!("feature `{feature}`")) && !said.contains("secret"), "{said}");
-            assert!(said.contains("For example: cargo install lockkit-cli --features "), "{said}");
+            assert!(
+                said.contains(&format!("feature `{feature}`")) && !said.contains("secret"),
+                "{said}"
+            );
+            assert!(
+                said.contains("For example: cargo install lockkit-cli --features "),
+                "{said}"
+            );
         }
     }
-    for wrong in ["gopher://host/leader", "file://elsewhere/leader", "file:///a%zz"] {
+    for wrong in [
+        "gopher://host/leader",
+        "file://elsewhere/leader",
+        "file:///a%zz",
+    ] {
         assert_eq!(code(["run", "--lease", wrong, "--", "true"]), 64, "{wrong}");
         assert_eq!(code(["status", wrong]), 64, "{wrong}");
     }
 }
 
-/// Starts a Redis server that is killed at the end of the test. Returns it with the URL of a lease on it. Returns
-/// `None`, and prints the reason, if that is impossible.
+/// Starts a Redis server that is killed at the end of the test. Returns it with the URL of a lease
+/// on it. Returns `None`, and prints the reason, if that is impossible.
 fn redis() -> Option<(TempDir, Running, String)> {
     if !is_built_in("redis://localhost/leader") {
         left_out("this build has no redis");
@@ -169,20 +228,38 @@ fn redis() -> Option<(TempDir, Running, String)> {
     let directory = TempDir::new().expect("a directory");
     let socket = directory.path().join("socket").display().to_string();
     let mut server = Command::new("redis-server");
-    server.args(["--port", "0", "--unixsocket", &socket, "--save", "", "--appendonly", "no", "--dir"]);
-    let started = server.arg(directory.path()).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    server.args([
+        "--port",
+        "0",
+        "--unixsocket",
+        &socket,
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--dir",
+    ]);
+    let started = server
+        .arg(directory.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn();
     let Ok(child) = started else {
         left_out("redis-server is not installed");
         return None;
     };
-    until("the server listens", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    until("the server listens", || {
+        std::os::unix::net::UnixStream::connect(&socket).is_ok()
+    });
     let url = format!("redis+unix://{socket}?lease=leader");
     Some((directory, Running { child, lines: None }, url))
 }
 
 #[test]
 fn lease_on_redis_works_and_is_lost_with_server() {
-    let Some((_directory, mut server, url)) = redis() else { return };
+    let Some((_directory, mut server, url)) = redis() else {
+        return;
+    };
     assert_eq!((code(["status", &url]), code(["wait", &url])), (0, 0));
     let run = || {
         let mut run = lockkit(["run", "--lease", &url, "--ttl", "3s", "--", "sh", "-c"]);
@@ -192,7 +269,10 @@ fn lease_on_redis_works_and_is_lost_with_server() {
         (running, token)
     };
     let (mut running, token) = run();
-    for shown in [output(["status", &url, "--json"]), output(["lease", "show", &url, "--json"])] {
+    for shown in [
+        output(["status", &url, "--json"]),
+        output(["lease", "show", &url, "--json"]),
+    ] {
         assert_eq!(code_of(&shown), 1);
         assert_eq!(json(&shown)["lock"]["token"], token);
     }
@@ -204,9 +284,16 @@ fn lease_on_redis_works_and_is_lost_with_server() {
     assert_eq!({ waiting }.code(), 0);
     let (mut running, next) = run();
     assert!(next > token);
-    assert_eq!(code(["lease", "release", &url, "--token", &token.to_string()]), 75, "that was another one");
+    assert_eq!(
+        code(["lease", "release", &url, "--token", &token.to_string()]),
+        75,
+        "that was another one"
+    );
     server.child.kill().expect("it runs");
     assert_eq!(running.code(), 128 + 15, "it could not be renewed");
     let refused = output(["run", "--try", "--lease", &url, "--", "true"]);
-    assert!(code_of(&refused) != 0 && text(&refused.stderr).contains("cannot connect to"), "{refused:?}");
+    assert!(
+        code_of(&refused) != 0 && text(&refused.stderr).contains("cannot connect to"),
+        "{refused:?}"
+    );
 }

@@ -22,22 +22,45 @@ fn pidfile_clean_removes_only_stale_files() {
     assert_eq!(code(["pidfile", "check", &text_of(&paths[0])]), 1);
     assert_eq!(code(["pidfile", "check", &text_of(&paths[1])]), 2);
     assert_eq!(code(["pidfile", "check", &dir]), 1);
-    assert_eq!(code(["pidfile", "check", &text_of(&directory.path().join("none.pid"))]), 66);
+    assert_eq!(
+        code([
+            "pidfile",
+            "check",
+            &text_of(&directory.path().join("none.pid"))
+        ]),
+        66
+    );
     let form = json(&output(["pidfile", "check", "--json", &dir]));
-    assert_eq!((&form["version"], form["locks"].as_array().map(Vec::len)), (&1.into(), Some(2)));
+    assert_eq!(
+        (&form["version"], form["locks"].as_array().map(Vec::len)),
+        (&1.into(), Some(2))
+    );
     let dead = fs::read(&paths[1]).expect("a file");
     let dry = output(["pidfile", "clean", "--dry-run", &dir]);
     assert!(text(&dry.stdout).contains("would remove") && paths[1].exists());
     let clean = output(["pidfile", "clean", &dir]);
-    assert_eq!((code_of(&clean), text(&clean.stdout).lines().count()), (0, 1));
-    assert_eq!(paths.each_ref().map(|path| path.exists()), [true, false, true]);
+    assert_eq!(
+        (code_of(&clean), text(&clean.stdout).lines().count()),
+        (0, 1)
+    );
+    assert_eq!(
+        paths.each_ref().map(|path| path.exists()),
+        [true, false, true]
+    );
     // A link's target is left unchanged, and the output says so.
     let link = directory.path().join("link.pid");
     fs::write(&paths[2], dead).expect("a file");
     symlink(&paths[2], &link).expect("a link");
     for options in [["clean", "--dry-run"].as_slice(), &["clean"]] {
-        let refused = lockkit(["pidfile"]).args(options).arg(&dir).output().expect("lockkit starts");
-        assert_eq!((code_of(&refused), text(&refused.stdout)), (77, String::new()));
+        let refused = lockkit(["pidfile"])
+            .args(options)
+            .arg(&dir)
+            .output()
+            .expect("lockkit starts");
+        assert_eq!(
+            (code_of(&refused), text(&refused.stdout)),
+            (77, String::new())
+        );
         assert!(link.is_symlink() && paths[2].exists());
     }
 }
@@ -47,7 +70,8 @@ fn b6_dry_run_check_and_clean_judge_alike() {
     let (directory, [alive, dead, junk]) = pidfiles();
     let old = |path: &Path| {
         let file = fs::File::options().write(true).open(path).expect("a file");
-        file.set_modified(std::time::SystemTime::now() - Duration::from_secs(60)).expect("its time can be set");
+        file.set_modified(std::time::SystemTime::now() - Duration::from_secs(60))
+            .expect("its time can be set");
     };
     let file = |name: &str| directory.path().join(name);
     fs::write(file("blank.pid"), "").expect("a file");
@@ -70,24 +94,47 @@ fn b6_dry_run_check_and_clean_judge_alike() {
     ] {
         let path_text = path.display().to_string();
         let before = fs::read(path).ok();
-        assert_eq!(code(["pidfile", "check", &path_text]), checked, "{path_text}");
+        assert_eq!(
+            code(["pidfile", "check", &path_text]),
+            checked,
+            "{path_text}"
+        );
         let said = |dry: &[&str]| {
-            let run = lockkit(["pidfile", "clean"]).args(dry).arg(path).output().expect("lockkit starts");
+            let run = lockkit(["pidfile", "clean"])
+                .args(dry)
+                .arg(path)
+                .output()
+                .expect("lockkit starts");
             // The age of the file differs in each run.
             let done = text(&run.stdout).replace("would remove", "removed");
-            (code_of(&run), done.split(", since").next().unwrap_or_default().to_owned(), text(&run.stderr))
+            (
+                code_of(&run),
+                done.split(", since").next().unwrap_or_default().to_owned(),
+                text(&run.stderr),
+            )
         };
         let dry = said(&["--dry-run"]);
         assert_eq!(fs::read(path).ok(), before, "{path_text}");
         assert_eq!(said(&[]), dry, "{path_text}");
-        assert_eq!((dry.0, dry.1.is_empty()), (cleaned, path != &dead), "{path_text}: {dry:?}");
-        assert_eq!(path.exists(), before.is_some() && path != &dead, "{path_text}");
+        assert_eq!(
+            (dry.0, dry.1.is_empty()),
+            (cleaned, path != &dead),
+            "{path_text}: {dry:?}"
+        );
+        assert_eq!(
+            path.exists(),
+            before.is_some() && path != &dead,
+            "{path_text}"
+        );
     }
     // The other files of a directory are judged nevertheless.
     fs::write(&dead, "4194304\n").expect("a file");
     let dir = directory.path().display().to_string();
     let run = output(["pidfile", "clean", &dir]);
-    assert!(text(&run.stdout).contains("dead.pid") && code_of(&run) != 0, "{run:?}");
+    assert!(
+        text(&run.stdout).contains("dead.pid") && code_of(&run) != 0,
+        "{run:?}"
+    );
 }
 
 #[test]
@@ -97,16 +144,30 @@ fn b6_file_that_may_not_be_read_or_removed_is_refused() {
     }
     let directory = TempDir::new().expect("a directory");
     let path = directory.path().join("app.pid");
-    let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it can be set");
+    let set = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it can be set")
+    };
     for (above, mode) in [(0o777, 0o600), (0o755, 0o644), (0o1777, 0o644)] {
         fs::write(&path, "4194304\n").expect("a file");
         set(directory.path(), above);
         set(&path, mode);
         for command in [["clean", "--dry-run"].as_slice(), &["clean"]] {
             let mut run = Command::new("setpriv");
-            run.args(["--reuid=1001", "--regid=1001", "--clear-groups", PROGRAM, "pidfile"]).args(command).arg(&path);
+            run.args([
+                "--reuid=1001",
+                "--regid=1001",
+                "--clear-groups",
+                PROGRAM,
+                "pidfile",
+            ])
+            .args(command)
+            .arg(&path);
             let run = run.output().expect("setpriv starts");
-            assert_eq!((code_of(&run), text(&run.stdout)), (77, String::new()), "{command:?} {mode:o}: {run:?}");
+            assert_eq!(
+                (code_of(&run), text(&run.stdout)),
+                (77, String::new()),
+                "{command:?} {mode:o}: {run:?}"
+            );
             assert!(path.exists());
         }
     }
@@ -125,8 +186,16 @@ fn b6_clean_dry_run_matches_clean() {
         let dry = site.run(&["pidfile", "clean", "--dry-run", name]);
         let clean = site.run(&["pidfile", "clean", name]);
         assert_eq!(dry.code, clean.code, "{name}: {dry:?}, {clean:?}");
-        assert_eq!(dry.out.contains("would remove"), clean.out.contains("removed"), "{name}: {dry:?}, {clean:?}");
-        assert_eq!(clean.out.contains("removed"), !site.path(name).is_symlink() && !site.path(name).exists(), "{name}");
+        assert_eq!(
+            dry.out.contains("would remove"),
+            clean.out.contains("removed"),
+            "{name}: {dry:?}, {clean:?}"
+        );
+        assert_eq!(
+            clean.out.contains("removed"),
+            !site.path(name).is_symlink() && !site.path(name).exists(),
+            "{name}"
+        );
     }
     assert_eq!(site.run(&["pidfile", "clean", "nosuchdir"]).code, 66);
 }

@@ -1,4 +1,5 @@
-//! Tests of `lockkit run`: exit codes, signals, and locks that are held exactly as long as the program lives.
+//! Tests of `lockkit run`: exit codes, signals, and locks that are held exactly as long as the
+//! program lives.
 
 #![cfg(target_os = "linux")]
 
@@ -13,8 +14,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 use common::{
-    KINDS, Lock, Orphan, Program, Running, Site, code, code_of, fresh_name, json, lives, lockkit, output, signal, text,
-    until, with_usual_signals,
+    KINDS, Lock, Orphan, Program, Running, Site, code, code_of, fresh_name, json, lives, lockkit,
+    output, signal, text, until, with_usual_signals,
 };
 
 #[test]
@@ -27,8 +28,16 @@ fn run_ends_as_its_program_ends() {
         assert_eq!(run("kill -TERM $$"), 128 + 15, "{kind}");
         assert_eq!(lock.status(), 0, "{kind}");
         let [option, place] = &lock.run;
-        assert_eq!(code(["run", option, place, "--", "/no/such/program"]), 127, "{kind}");
-        assert_eq!(code(["run", option, place, "--", "/etc/passwd"]), 126, "{kind}");
+        assert_eq!(
+            code(["run", option, place, "--", "/no/such/program"]),
+            127,
+            "{kind}"
+        );
+        assert_eq!(
+            code(["run", option, place, "--", "/etc/passwd"]),
+            126,
+            "{kind}"
+        );
         assert_eq!(lock.try_once(), 0, "{kind}");
     }
 }
@@ -38,24 +47,43 @@ fn run_held_lock_exits_with_conflict_code() {
     for kind in KINDS {
         let lock = Lock::new(kind);
         let (running, pid) = lock.hold([]);
-        let refused = lock.run(["--try"], "true").output().expect("lockkit starts");
+        let refused = lock
+            .run(["--try"], "true")
+            .output()
+            .expect("lockkit starts");
         assert_eq!(code_of(&refused), 75, "{kind}");
         let said = text(&refused.stderr);
-        assert!(said.contains("is held") && said.ends_with(".\n"), "{kind}: {said}");
-        let waited = lock.run(["--timeout", "50ms"], "true").output().expect("lockkit starts");
+        assert!(
+            said.contains("is held") && said.ends_with(".\n"),
+            "{kind}: {said}"
+        );
+        let waited = lock
+            .run(["--timeout", "50ms"], "true")
+            .output()
+            .expect("lockkit starts");
         assert_eq!(code_of(&waited), 75, "{kind}");
-        // The holder of a lease is lockkit's keeper; the holders of a file are lockkit and its keeper.
+        // The holder of a lease is lockkit's keeper; the holders of a file are lockkit and its
+        // keeper.
         let (holder, program) = match kind {
             "--lease" => (keeper(running.pid()), "lockkit"),
             "--file" => (running.pid(), "lockkit"),
             _ => (pid, "s"),
         };
         for said in [said, text(&waited.stderr)] {
-            assert!(said.contains(&format!("by pid {holder} ({program}")), "{kind}: {said}");
+            assert!(
+                said.contains(&format!("by pid {holder} ({program}")),
+                "{kind}: {said}"
+            );
         }
-        let refused =
-            lock.run(["--timeout", "50ms", "--exit-code", "3", "--quiet"], "true").output().expect("it starts");
-        assert_eq!((code_of(&refused), text(&refused.stderr)), (3, String::new()), "{kind}");
+        let refused = lock
+            .run(["--timeout", "50ms", "--exit-code", "3", "--quiet"], "true")
+            .output()
+            .expect("it starts");
+        assert_eq!(
+            (code_of(&refused), text(&refused.stderr)),
+            (3, String::new()),
+            "{kind}"
+        );
         assert_eq!(lock.status(), 1, "{kind}");
     }
 }
@@ -78,7 +106,8 @@ fn run_machine_scope_is_separate_from_user_scope() {
 fn run_shared_file_lock_admits_shared_refuses_exclusive() {
     let lock = Lock::new("--file");
     let (_running, _) = lock.hold(["--shared"]);
-    let run = |options: [&str; 2]| code_of(&lock.run(options, "true").output().expect("lockkit starts"));
+    let run =
+        |options: [&str; 2]| code_of(&lock.run(options, "true").output().expect("lockkit starts"));
     assert_eq!(run(["--try", "--shared"]), 0);
     assert_eq!(run(["--try", "--quiet"]), 75);
 }
@@ -109,7 +138,9 @@ fn run_killed_leaves_lock_held_by_program() {
 /// Returns the live children of `pid`.
 fn children(pid: u32) -> Vec<u32> {
     let all = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    all.split_ascii_whitespace().filter_map(|child| child.parse().ok()).collect()
+    all.split_ascii_whitespace()
+        .filter_map(|child| child.parse().ok())
+        .collect()
 }
 
 /// Returns the process that keeps `lock` when lockkit, with that pid, is killed.
@@ -117,7 +148,9 @@ fn keeper(lockkit: u32) -> u32 {
     let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let mut found = None;
     until("its keeper has its name", || {
-        found = children(lockkit).into_iter().find(|pid| name(pid) == "lock-keeper\n");
+        found = children(lockkit)
+            .into_iter()
+            .find(|pid| name(pid) == "lock-keeper\n");
         found.is_some()
     });
     found.expect("a keeper")
@@ -131,11 +164,19 @@ fn run_and_keeper_killed_lock_held_until_program_ends() {
             let (running, pid) = lock.hold([]);
             let (program, lockkit) = (Orphan(pid), running.pid());
             let keeper = keeper(lockkit);
-            for killed in if keeper_first { [keeper, lockkit] } else { [lockkit, keeper] } {
+            for killed in if keeper_first {
+                [keeper, lockkit]
+            } else {
+                [lockkit, keeper]
+            } {
                 signal(killed, Signal::KILL);
                 until("it is dead", || !lives(killed));
                 assert!(lives(program.0), "{kind}");
-                assert_eq!((lock.status(), lock.try_once()), (1, 75), "{kind}, the keeper first: {keeper_first}");
+                assert_eq!(
+                    (lock.status(), lock.try_once()),
+                    (1, 75),
+                    "{kind}, the keeper first: {keeper_first}"
+                );
             }
             signal(program.0, Signal::KILL);
             until("it is free", || lock.try_once() == 0);
@@ -152,7 +193,10 @@ fn run_killed_pidfile_names_program() {
     running.child.kill().expect("it runs");
     running.child.wait().expect("a child");
     assert_eq!((lock.status(), lock.try_once()), (1, 75));
-    assert_eq!(json(&output(["status", &lock.place, "--json"]))["lock"]["holders"][0]["pid"], pid);
+    assert_eq!(
+        json(&output(["status", &lock.place, "--json"]))["lock"]["holders"][0]["pid"],
+        pid
+    );
     signal(program.0, Signal::KILL);
     until("it is stale", || lock.status() == 2);
     assert_eq!(lock.try_once(), 0);
@@ -167,7 +211,9 @@ fn run_killed_by_name_keeper_survives() {
         let line = fs::read_to_string(format!("/proc/{}/cmdline", keeper.0)).expect("a process");
         assert_eq!(line.trim_end_matches('\0'), "lock-keeper", "{kind}");
         // `pkill -9 -f lockkit` would do the same, but it would also kill other tests' processes.
-        let killed = Command::new("pkill").args(["-9", "-f", &format!("lockkit.*{}", lock.place)]).status();
+        let killed = Command::new("pkill")
+            .args(["-9", "-f", &format!("lockkit.*{}", lock.place)])
+            .status();
         assert!(killed.expect("pkill starts").success(), "{kind}");
         until("lockkit is dead", || !lives(running.pid()));
         assert!(lives(keeper.0) && lives(program.0), "{kind}");
@@ -180,14 +226,17 @@ fn run_killed_by_name_keeper_survives() {
 
 #[test]
 fn run_or_keeper_killed_program_never_outlives_lease() {
-    for (lockkit_first, keeper_too) in [(true, false), (true, true), (false, true), (false, false)] {
+    for (lockkit_first, keeper_too) in [(true, false), (true, true), (false, true), (false, false)]
+    {
         let lock = Lock::new("--lease");
-        // The script starts a process that it waits for, a process whose parent has ended, and a process in a session
-        // of its own.
+        // The script starts a process that it waits for, a process whose parent has ended, and a
+        // process in a session of its own.
         let script = "sleep 60 > /dev/null & echo $!; (sleep 60 > /dev/null & echo $!); \
                       setsid sleep 60 > /dev/null & echo $!; echo $$; wait";
         let mut running = Running::start(lock.run(["--ttl", "1s"], script));
-        let below: Vec<Orphan> = (0..4).map(|_| Orphan(running.line().parse().expect("a pid"))).collect();
+        let below: Vec<Orphan> = (0..4)
+            .map(|_| Orphan(running.line().parse().expect("a pid")))
+            .collect();
         let keeper = Orphan(keeper(running.pid()));
         if lockkit_first {
             signal(running.pid(), Signal::KILL);
@@ -206,12 +255,17 @@ fn run_or_keeper_killed_program_never_outlives_lease() {
             until("the program has ended", || !lives(below[3].0));
             if !lockkit_first {
                 assert_eq!(running.code(), 128 + 9);
-                assert!(below.iter().all(|process| !lives(process.0)), "something is left of it");
+                assert!(
+                    below.iter().all(|process| !lives(process.0)),
+                    "something is left of it"
+                );
             }
         } else {
             // A loss also ends all of it, whether or not lockkit still runs.
             assert_eq!(code(["lease", "steal", "--yes", &lock.place]), 0);
-            until("all has ended", || below.iter().all(|process| !lives(process.0)));
+            until("all has ended", || {
+                below.iter().all(|process| !lives(process.0))
+            });
         }
         until("the lease is free", || lock.try_once() == 0);
     }
@@ -244,12 +298,16 @@ fn run_killed_while_waiting_starts_no_program() {
             "--lease" => until("it waits", || !children(waiter.pid()).is_empty()),
             // Its place in a queue is not visible. So the kill may also come before the wait.
             "--pidfile" => {}
-            _ => until("it waits", || json(&output(["status", &lock.place, "--json"]))["lock"]["waiters"] == 1),
+            _ => until("it waits", || {
+                json(&output(["status", &lock.place, "--json"]))["lock"]["waiters"] == 1
+            }),
         }
         let behind: Vec<_> = children(waiter.pid()).into_iter().map(Orphan).collect();
         waiter.child.kill().expect("it runs");
         waiter.child.wait().expect("a child");
-        until("nothing is left of it", || behind.iter().all(|process| !lives(process.0)));
+        until("nothing is left of it", || {
+            behind.iter().all(|process| !lives(process.0))
+        });
         signal(pid, Signal::KILL);
         running.code();
         assert_eq!(lock.try_once(), 0, "{kind}");
@@ -259,12 +317,16 @@ fn run_killed_while_waiting_starts_no_program() {
 
 #[test]
 fn run_killed_at_any_moment_lock_held_while_program_lives() {
-    // At whatever moment the kill comes, no other process gets the lock as long as the program lives.
+    // At whatever moment the kill comes, no other process gets the lock as long as the program
+    // lives.
     for kind in ["--name", "--file", "--pidfile"] {
         let lock = Lock::new(kind);
         for round in 0..30 {
             let pid_file = lock.directory.path().join(format!("program-{round}"));
-            let script = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 60", pid_file.display());
+            let script = format!(
+                "echo $$ > {0}.new; mv {0}.new {0}; exec sleep 60",
+                pid_file.display()
+            );
             let mut running = Running::start(lock.run([], &script));
             std::thread::sleep(Duration::from_micros(700 * round));
             running.child.kill().expect("it runs");
@@ -273,8 +335,14 @@ fn run_killed_at_any_moment_lock_held_while_program_lives() {
             let mut program = None;
             until("the program runs or the lock is free", || {
                 let free = lock.try_once() == 0;
-                program = fs::read_to_string(&pid_file).ok().and_then(|pid| pid.trim().parse().ok()).map(Orphan);
-                assert!(!free || program.is_none(), "{kind}, round {round}: free under its program");
+                program = fs::read_to_string(&pid_file)
+                    .ok()
+                    .and_then(|pid| pid.trim().parse().ok())
+                    .map(Orphan);
+                assert!(
+                    !free || program.is_none(),
+                    "{kind}, round {round}: free under its program"
+                );
                 free || program.is_some()
             });
             if let Some(program) = program {
@@ -306,7 +374,12 @@ fn run_keeper_does_not_keep_program_output_open() {
     running.child.kill().expect("it runs");
     signal(pid, Signal::KILL);
     let mut rest = String::new();
-    running.lines.as_mut().expect("a pipe").read_to_string(&mut rest).expect("its end");
+    running
+        .lines
+        .as_mut()
+        .expect("a pipe")
+        .read_to_string(&mut rest)
+        .expect("its end");
     assert_eq!(rest, "");
 }
 
@@ -316,7 +389,12 @@ fn run_signalled_passes_signals_to_program() {
                   while :; do sleep 0.01; done";
     for kind in KINDS {
         let lock = Lock::new(kind);
-        for (number, code) in [(Signal::INT, 44), (Signal::TERM, 45), (Signal::HUP, 44), (Signal::USR1, 45)] {
+        for (number, code) in [
+            (Signal::INT, 44),
+            (Signal::TERM, 45),
+            (Signal::HUP, 44),
+            (Signal::USR1, 45),
+        ] {
             let mut running = Running::start(with_usual_signals(&lock.run([], script)));
             assert_eq!(running.line(), "ready");
             signal(running.pid(), number);
@@ -342,9 +420,13 @@ fn run_signalled_while_waiting_ends_wait() {
 #[test]
 fn run_lease_lost_ends_program() {
     let lock = Lock::new("--lease");
-    let mut running = Running::start(lock.run(["--ttl", "1s"], "echo $LOCKKIT_TOKEN; exec sleep 60"));
+    let mut running =
+        Running::start(lock.run(["--ttl", "1s"], "echo $LOCKKIT_TOKEN; exec sleep 60"));
     let token: u64 = running.line().parse().expect("a token");
-    assert_eq!(json(&output(["lease", "show", &lock.place, "--json"]))["lock"]["token"], token);
+    assert_eq!(
+        json(&output(["lease", "show", &lock.place, "--json"]))["lock"]["token"],
+        token
+    );
     assert_eq!(code(["lease", "steal", "--yes", &lock.place]), 0);
     assert_eq!(running.code(), 128 + 15);
 }
@@ -367,7 +449,9 @@ fn run_lease_program_leftovers_are_reaped() {
     let lock = Lock::new("--lease");
     let mut running = Running::start(lock.run([], "(sleep 0.2 & echo $!) ; exec sleep 60"));
     let left: u32 = running.line().parse().expect("a pid");
-    until("nothing is left of it", || !Path::new(&format!("/proc/{left}")).exists());
+    until("nothing is left of it", || {
+        !Path::new(&format!("/proc/{left}")).exists()
+    });
     assert_eq!(lock.status(), 1);
     signal(running.pid(), Signal::TERM);
     assert_eq!(running.code(), 128 + 15);
@@ -392,8 +476,14 @@ fn run_after_death_reports_dead_holder_to_program() {
     running.child.kill().expect("it runs");
     signal(pid, Signal::KILL);
     until("it is stale", || lock.status() == 2);
-    let told = lock.run(["--verbose"], "echo \"$LOCKKIT_RECOVERED\"").output().expect("lockkit starts");
-    assert!(text(&told.stdout).starts_with(&format!("pid {pid} (s")), "{told:?}");
+    let told = lock
+        .run(["--verbose"], "echo \"$LOCKKIT_RECOVERED\"")
+        .output()
+        .expect("lockkit starts");
+    assert!(
+        text(&told.stdout).starts_with(&format!("pid {pid} (s")),
+        "{told:?}"
+    );
     assert!(text(&told.stderr).contains("died"), "{told:?}");
 }
 
@@ -405,24 +495,53 @@ fn b7_recovered_variable_escapes_control_characters() {
     let name = fresh_name();
     for (kind, place) in [("--name", &*name), ("--pidfile", "odd.pid")] {
         let program = format!("./{odd}");
-        let mut command =
-            site.command(&["run", kind, place, "--", &program, "-c", "echo $$; while :; do read x; done"]);
+        let mut command = site.command(&[
+            "run",
+            kind,
+            place,
+            "--",
+            &program,
+            "-c",
+            "echo $$; while :; do read x; done",
+        ]);
         let mut running = Program::start({
             command.stdin(Stdio::piped());
             command
         });
         let pid: i32 = running.line().parse().expect("a pid");
         until("the program is named", || {
-            let shown = site.run(&["status", "--json", if kind == "--name" { place } else { "./odd.pid" }]).json();
+            let shown = site
+                .run(&[
+                    "status",
+                    "--json",
+                    if kind == "--name" { place } else { "./odd.pid" },
+                ])
+                .json();
             shown["lock"]["holders"][0]["pid"] == pid
         });
         running.child.kill().expect("it runs");
         running.child.wait().expect("a child");
         kill_process(Pid::from_raw(pid).expect("a pid"), Signal::KILL).expect("it runs");
-        let next =
-            site.run(&["run", "--verbose", "--timeout", "20s", kind, place, "--", "printenv", "LOCKKIT_RECOVERED"]);
-        let raw = |text: &str| text.trim_end().chars().any(|letter| letter.is_control() || letter == '\u{202e}');
-        assert!(next.code == 0 && next.out.contains(&format!("pid {pid}")), "{kind}: {next:?}");
+        let next = site.run(&[
+            "run",
+            "--verbose",
+            "--timeout",
+            "20s",
+            kind,
+            place,
+            "--",
+            "printenv",
+            "LOCKKIT_RECOVERED",
+        ]);
+        let raw = |text: &str| {
+            text.trim_end()
+                .chars()
+                .any(|letter| letter.is_control() || letter == '\u{202e}')
+        };
+        assert!(
+            next.code == 0 && next.out.contains(&format!("pid {pid}")),
+            "{kind}: {next:?}"
+        );
         assert!(!raw(&next.out) && !raw(&next.err), "{kind}: {next:?}");
     }
 }

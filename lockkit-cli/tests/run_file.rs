@@ -1,4 +1,5 @@
-//! Tests of `lockkit run` on files: files of other programs, modes, missing directories, and paths of any bytes.
+//! Tests of `lockkit run` on files: files of other programs, modes, missing directories, and paths
+//! of any bytes.
 
 #![cfg(target_os = "linux")]
 
@@ -16,7 +17,9 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use common::{Ended, PROGRAM, Program, Running, Site, code_of, json, lockkit, output, signal, until};
+use common::{
+    Ended, PROGRAM, Program, Running, Site, code_of, json, lockkit, output, signal, until,
+};
 
 #[test]
 fn a1_lease_on_other_file_is_refused_and_leaves_it() {
@@ -29,7 +32,16 @@ fn a1_lease_on_other_file_is_refused_and_leaves_it() {
     ];
     for (name, content) in contents {
         let path = site.write_old(name, content);
-        let ended = site.run(&["run", "--timeout", "4s", "--lease", name, "--", "echo", "RAN"]);
+        let ended = site.run(&[
+            "run",
+            "--timeout",
+            "4s",
+            "--lease",
+            name,
+            "--",
+            "echo",
+            "RAN",
+        ]);
         assert_eq!((ended.code, &*ended.out), (65, ""), "{name}: {ended:?}");
         assert_eq!(fs::read(&path).expect("a file"), content, "{name}");
         assert_eq!(site.run(&["lease", "show", name]).code, 65, "{name}");
@@ -40,13 +52,29 @@ fn a1_lease_on_other_file_is_refused_and_leaves_it() {
 fn a2_pidfile_on_other_file_is_refused_and_leaves_it() {
     let site = Site::new();
     let lease = Lease::file(site.path("free.pid")).build().expect("a lease");
-    lease.try_lock().expect("a free lease").release().expect("a release");
+    lease
+        .try_lock()
+        .expect("a free lease")
+        .release()
+        .expect("a release");
     let free = fs::read(site.path("free.pid")).expect("a file");
-    let contents: [(&str, &[u8]); 4] =
-        [("app.conf", b"key = value\n"), ("app.pid", b"not a pid\n"), ("zero.pid", b"0\n"), ("free.pid", &free)];
+    let contents: [(&str, &[u8]); 4] = [
+        ("app.conf", b"key = value\n"),
+        ("app.pid", b"not a pid\n"),
+        ("zero.pid", b"0\n"),
+        ("free.pid", &free),
+    ];
     for (name, content) in contents {
         let path = site.write_old(name, content);
-        let ended = site.run(&["run", "--try", "--pidfile", &site.text(name), "--", "echo", "RAN"]);
+        let ended = site.run(&[
+            "run",
+            "--try",
+            "--pidfile",
+            &site.text(name),
+            "--",
+            "echo",
+            "RAN",
+        ]);
         assert_eq!((ended.code, &*ended.out), (65, ""), "{name}: {ended:?}");
         assert_eq!(fs::read(&path).expect("a file"), content, "{name}");
     }
@@ -55,7 +83,15 @@ fn a2_pidfile_on_other_file_is_refused_and_leaves_it() {
 #[test]
 fn a4_pidfile_is_one_word_for_kill() {
     let site = Site::new();
-    let mut running = site.command(&["run", "--pidfile", "app.pid", "--", "sh", "-c", "echo $$; exec sleep 60"]);
+    let mut running = site.command(&[
+        "run",
+        "--pidfile",
+        "app.pid",
+        "--",
+        "sh",
+        "-c",
+        "echo $$; exec sleep 60",
+    ]);
     running.current_dir(site.directory());
     let mut running = Program::start(running);
     let pid = running.line();
@@ -74,7 +110,15 @@ fn a8_old_damaged_lease_is_healed_by_try() {
         site.write_old("empty.lease", content);
         // One attempt may be needed to observe that the file does not change.
         let ran = (0..3).any(|_| {
-            let ended = site.run(&["run", "--try", "--lease", "empty.lease", "--", "echo", "RAN"]);
+            let ended = site.run(&[
+                "run",
+                "--try",
+                "--lease",
+                "empty.lease",
+                "--",
+                "echo",
+                "RAN",
+            ]);
             if ended.code != 0 {
                 std::thread::sleep(Duration::from_secs(1));
             }
@@ -89,19 +133,40 @@ fn a8_old_damaged_lease_is_healed_by_try() {
 #[test]
 fn a10_mode_is_exact_whatever_the_umask_is() {
     let site = Site::new();
-    for (kind, name) in [("--file", "a.lock"), ("--pidfile", "a.pid"), ("--lease", "a.lease")] {
-        for (umask, mode) in [("077", "664"), ("000", "600"), ("022", "666"), ("027", "640")] {
+    for (kind, name) in [
+        ("--file", "a.lock"),
+        ("--pidfile", "a.pid"),
+        ("--lease", "a.lease"),
+    ] {
+        for (umask, mode) in [
+            ("077", "664"),
+            ("000", "600"),
+            ("022", "666"),
+            ("027", "640"),
+        ] {
             let _ = fs::remove_file(site.path(name));
-            let script = format!("umask {umask}; exec {PROGRAM} run {kind} {name} --mode {mode} -- stat -c %a {name}");
+            let script = format!(
+                "umask {umask}; exec {PROGRAM} run {kind} {name} --mode {mode} -- stat -c %a {name}"
+            );
             let mut command = Command::new("sh");
-            command.args(["-c", &script]).current_dir(site.directory()).stdin(Stdio::null());
+            command
+                .args(["-c", &script])
+                .current_dir(site.directory())
+                .stdin(Stdio::null());
             let ended = Ended::of(&mut command);
-            assert_eq!((ended.code, ended.out.trim()), (0, mode), "{kind}, umask {umask}: {ended:?}");
+            assert_eq!(
+                (ended.code, ended.out.trim()),
+                (0, mode),
+                "{kind}, umask {umask}: {ended:?}"
+            );
         }
     }
     // Without the option, the mode of the file is as with flock(1).
     let mut command = Command::new("sh");
-    command.args(["-c", &format!("umask 027; exec {PROGRAM} run --file b.lock -- stat -c %a b.lock")]);
+    command.args([
+        "-c",
+        &format!("umask 027; exec {PROGRAM} run --file b.lock -- stat -c %a b.lock"),
+    ]);
     command.current_dir(site.directory()).stdin(Stdio::null());
     assert_eq!(Ended::of(&mut command).out.trim(), "640");
 }
@@ -137,7 +202,10 @@ fn a10_mode_and_create_parents_need_a_file() {
         let mut command = site.command(&["run"]);
         let ended = Ended::of(command.args(options).args(["--", "true"]));
         assert_eq!(ended.code, 64, "{options:?}: {ended:?}");
-        assert!(ended.err.contains("For example: lockkit "), "{options:?}: {ended:?}");
+        assert!(
+            ended.err.contains("For example: lockkit "),
+            "{options:?}: {ended:?}"
+        );
     }
 }
 
@@ -146,7 +214,11 @@ fn a10_existing_file_keeps_its_mode() {
     let site = Site::new();
     let path = site.write("a.lock", "");
     fs::set_permissions(&path, Permissions::from_mode(0o604)).expect("a file");
-    assert_eq!(site.run(&["run", "--file", "a.lock", "--mode", "660", "--", "true"]).code, 0);
+    assert_eq!(
+        site.run(&["run", "--file", "a.lock", "--mode", "660", "--", "true"])
+            .code,
+        0
+    );
     assert_eq!(fs::metadata(&path).expect("a file").mode() & 0o7777, 0o604);
 }
 
@@ -154,7 +226,9 @@ fn a10_existing_file_keeps_its_mode() {
 fn run_and_status_accept_non_utf8_paths() {
     let directory = TempDir::new().expect("a directory");
     for kind in ["--file", "--pidfile", "--lease"] {
-        let path = directory.path().join(OsStr::from_bytes(&[kind.as_bytes(), b"-\xff.pid"].concat()));
+        let path = directory
+            .path()
+            .join(OsStr::from_bytes(&[kind.as_bytes(), b"-\xff.pid"].concat()));
         let on_path = |arguments: &[&str]| {
             let mut command = lockkit([]);
             command.args(arguments).arg(&path);
@@ -165,14 +239,23 @@ fn run_and_status_accept_non_utf8_paths() {
         let mut running = Running::start(run);
         assert_eq!(running.line(), "held", "{kind}");
         assert!(path.exists(), "{kind}");
-        let status = on_path(&["status", "--json"]).output().expect("lockkit starts");
+        let status = on_path(&["status", "--json"])
+            .output()
+            .expect("lockkit starts");
         assert_eq!(code_of(&status), 1, "{kind}");
         let bytes = Value::from(path.as_os_str().as_bytes().to_vec());
         assert_eq!(json(&status)["lock"]["name_bytes"], bytes, "{kind}");
         assert_ne!(json(&status)["lock"]["holders"][0]["pid"], 0, "{kind}");
-        let listed = json(&output(["list", "--json", &directory.path().display().to_string()]));
+        let listed = json(&output([
+            "list",
+            "--json",
+            &directory.path().display().to_string(),
+        ]));
         let locks = listed["locks"].as_array().expect("locks");
-        assert!(locks.iter().any(|lock| lock["name_bytes"] == bytes), "{kind}: {listed}");
+        assert!(
+            locks.iter().any(|lock| lock["name_bytes"] == bytes),
+            "{kind}: {listed}"
+        );
         let code = |mut command: Command| code_of(&command.output().expect("lockkit starts"));
         assert_eq!(code(on_path(&["wait", "--timeout", "50ms"])), 75, "{kind}");
         let mut refused = on_path(&["run", "--try", kind]);
@@ -192,5 +275,12 @@ fn run_and_status_accept_non_utf8_paths() {
         assert_eq!(code(on_path(&["wait"])), 0, "{kind}");
     }
     let mut name = lockkit(["status"]);
-    assert_eq!(name.arg(OsStr::from_bytes(b"a\xff")).output().expect("lockkit starts").status.code(), Some(64));
+    assert_eq!(
+        name.arg(OsStr::from_bytes(b"a\xff"))
+            .output()
+            .expect("lockkit starts")
+            .status
+            .code(),
+        Some(64)
+    );
 }

@@ -15,8 +15,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use common::{
-    Ended, FORMS, KINDS, Lock, PROGRAM, Running, Site, code, code_of, dead, fresh_name, json, left_out, lockkit,
-    output, sleeper, text, until,
+    Ended, FORMS, KINDS, Lock, PROGRAM, Running, Site, code, code_of, dead, fresh_name, json,
+    left_out, lockkit, output, sleeper, text, until,
 };
 
 #[test]
@@ -31,7 +31,10 @@ fn schema_accepts_only_documented_forms() {
         schema.is_valid(&serde_json::json!({"version": 1, "lock": lock}))
     };
     assert!(with("waiters", Value::Null) && with("of a later release", true.into()));
-    assert!(with("kind", "fcntl".into()) && !with("state", "unknown".into()), "an unknown state has a reason");
+    assert!(
+        with("kind", "fcntl".into()) && !with("state", "unknown".into()),
+        "an unknown state has a reason"
+    );
     let wrong: [(&str, Value); 8] = [
         ("kind", "mutex".into()),
         ("state", "busy".into()),
@@ -62,16 +65,29 @@ fn status_and_list_json_agree() {
         assert_eq!(code_of(&status), 1);
         let status = json(&status);
         assert_eq!(
-            (&status["version"], &status["lock"]["kind"], &status["lock"]["state"]),
+            (
+                &status["version"],
+                &status["lock"]["kind"],
+                &status["lock"]["state"]
+            ),
             (&1.into(), &kind.into(), &"held".into())
         );
         assert_ne!(status["lock"]["holders"][0]["pid"], 0);
-        let found: Vec<_> = listed.iter().filter(|found| found["name"] == lock.place.as_str()).collect();
+        let found: Vec<_> = listed
+            .iter()
+            .filter(|found| found["name"] == lock.place.as_str())
+            .collect();
         assert_eq!(found.len(), 1, "{kind} in {list}");
-        assert_eq!(found[0]["holders"][0]["pid"], status["lock"]["holders"][0]["pid"]);
+        assert_eq!(
+            found[0]["holders"][0]["pid"],
+            status["lock"]["holders"][0]["pid"]
+        );
     }
     let table = text(&output(["list"]).stdout);
-    assert!(table.starts_with("KIND") && table.contains(&locks[0].place), "{table}");
+    assert!(
+        table.starts_with("KIND") && table.contains(&locks[0].place),
+        "{table}"
+    );
     assert!(!table.contains('\x1b'));
 }
 
@@ -83,10 +99,19 @@ fn status_escapes_file_names_and_does_not_block_on_fifo() {
     until("it is held", || code(["status", &odd]) == 1);
     for shown in [output(["status", &odd]), output(["list"])] {
         let shown = text(&shown.stdout);
-        assert!(shown.contains(r"a\u{1b}[31m\nb") && !shown.contains('\x1b'), "{shown:?}");
+        assert!(
+            shown.contains(r"a\u{1b}[31m\nb") && !shown.contains('\x1b'),
+            "{shown:?}"
+        );
     }
     let fifo = directory.path().join("fifo").display().to_string();
-    assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo starts").success());
+    assert!(
+        Command::new("mkfifo")
+            .arg(&fifo)
+            .status()
+            .expect("mkfifo starts")
+            .success()
+    );
     assert_eq!(code(["status", &fifo]), 0);
 }
 
@@ -96,7 +121,9 @@ fn status_with_waiters_counts_them() {
         let lock = Lock::new(kind);
         let (_running, _) = lock.hold([]);
         let _waiters = [0; 3].map(|_| Running::start(lock.run(["--quiet"], "true")));
-        until("three wait", || json(&output(["status", &lock.place, "--json"]))["lock"]["waiters"] == 3);
+        until("three wait", || {
+            json(&output(["status", &lock.place, "--json"]))["lock"]["waiters"] == 3
+        });
     }
 }
 
@@ -118,13 +145,25 @@ fn a3_pidfile_of_live_program_is_held_in_every_form() {
     for form in forms {
         let path = site.write_old("gc.pid", &form);
         // A file that is older than the process would belong to an earlier process.
-        File::options().write(true).open(&path).and_then(|file| file.set_modified(SystemTime::now())).expect("a file");
-        assert_eq!(site.run(&["pidfile", "check", "gc.pid"]).code, 1, "{form:?}");
+        File::options()
+            .write(true)
+            .open(&path)
+            .and_then(|file| file.set_modified(SystemTime::now()))
+            .expect("a file");
+        assert_eq!(
+            site.run(&["pidfile", "check", "gc.pid"]).code,
+            1,
+            "{form:?}"
+        );
         assert_eq!(site.run(&["status", "./gc.pid"]).code, 1, "{form:?}");
         let ended = site.run(&["run", "--try", "--pidfile", "gc.pid", "--", "echo", "RAN"]);
         assert_eq!((ended.code, &*ended.out), (75, ""), "{form:?}: {ended:?}");
         assert_eq!(fs::read_to_string(&path).expect("a file"), form);
-        assert_eq!(site.run(&["wait", "--timeout", "50ms", "./gc.pid"]).code, 75, "{form:?}");
+        assert_eq!(
+            site.run(&["wait", "--timeout", "50ms", "./gc.pid"]).code,
+            75,
+            "{form:?}"
+        );
     }
 }
 
@@ -137,8 +176,11 @@ fn a8_status_and_lease_show_agree_on_damaged_lease() {
                 true => site.write_old("x.lease", content),
                 false => site.write("x.lease", content),
             };
-            let [status, show] = [["status", "./x.lease"].as_slice(), &["lease", "show", "x.lease"]]
-                .map(|arguments| site.run(arguments).code);
+            let [status, show] = [
+                ["status", "./x.lease"].as_slice(),
+                &["lease", "show", "x.lease"],
+            ]
+            .map(|arguments| site.run(arguments).code);
             assert_eq!(status, show, "{} bytes, old: {old}", content.len());
         }
     }
@@ -160,24 +202,58 @@ fn b1_unreadable_lock_is_unknown_never_free() {
         fs::set_permissions(site.path(name), Permissions::from_mode(0o600)).expect("a file");
     }
     fs::set_permissions(site.path("closed"), Permissions::from_mode(0o700)).expect("a directory");
-    let names =
-        ["held.lease", "held.pid", "held.lock", "free", "table", "closed", "closed/x.lease", "closed/none", "link"];
+    let names = [
+        "held.lease",
+        "held.pid",
+        "held.lock",
+        "free",
+        "table",
+        "closed",
+        "closed/x.lease",
+        "closed/none",
+        "link",
+    ];
     for name in names {
         let path = format!("./{name}");
-        let Some(status) = site.run_as_other(&["status", &path]) else { return };
+        let Some(status) = site.run_as_other(&["status", &path]) else {
+            return;
+        };
         assert_eq!((status.code, &*status.out), (77, ""), "{name}: {status:?}");
         let told = status.err.contains(name) && status.err.contains("ask as its owner or as root");
-        assert!(told && status.err.lines().count() == 1, "{name}: {status:?}");
-        let wait = site.run_as_other(&["wait", "--timeout", "1s", &path]).expect("another user");
+        assert!(
+            told && status.err.lines().count() == 1,
+            "{name}: {status:?}"
+        );
+        let wait = site
+            .run_as_other(&["wait", "--timeout", "1s", &path])
+            .expect("another user");
         assert_eq!((wait.code, &wait.err), (77, &status.err), "{name}");
-        let quiet = site.run_as_other(&["status", "--quiet", &path]).expect("another user");
+        let quiet = site
+            .run_as_other(&["status", "--quiet", &path])
+            .expect("another user");
         assert_eq!((quiet.code, &*quiet.err), (77, ""), "{name}");
-        let json = site.run_as_other(&["status", "--json", &path]).expect("another user");
-        assert_eq!((json.code, &json.json()["lock"]["state"]), (77, &"unknown".into()), "{name}: {json:?}");
+        let json = site
+            .run_as_other(&["status", "--json", &path])
+            .expect("another user");
+        assert_eq!(
+            (json.code, &json.json()["lock"]["state"]),
+            (77, &"unknown".into()),
+            "{name}: {json:?}"
+        );
     }
     let url = format!("file://{}", site.text("held.lease"));
-    assert_eq!(site.run_as_other(&["status", &url]).expect("another user").code, 77);
-    assert_eq!(site.run_as_other(&["lease", "show", "held.lease"]).expect("another user").code, 77);
+    assert_eq!(
+        site.run_as_other(&["status", &url])
+            .expect("another user")
+            .code,
+        77
+    );
+    assert_eq!(
+        site.run_as_other(&["lease", "show", "held.lease"])
+            .expect("another user")
+            .code,
+        77
+    );
 }
 
 #[test]
@@ -189,14 +265,25 @@ fn b1_named_lock_in_unreadable_file_is_unknown() {
     fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("a file");
     rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).expect("a free lock");
     for command in [&["status"][..], &["wait", "--timeout", "1s"]] {
-        let arguments: Vec<&str> = command.iter().copied().chain(["--scope", "machine", &name]).collect();
+        let arguments: Vec<&str> = command
+            .iter()
+            .copied()
+            .chain(["--scope", "machine", &name])
+            .collect();
         let asked = site.run_as_other(&arguments);
         // A user that may read it finds no record, and the kernel reports the lock.
         let seen = site.run(&arguments);
         if let Some(asked) = asked {
-            assert!(asked.code == 77 && asked.err.contains(&*path.to_string_lossy()), "{asked:?}");
+            assert!(
+                asked.code == 77 && asked.err.contains(&*path.to_string_lossy()),
+                "{asked:?}"
+            );
         }
-        assert_eq!(seen.code, if command[0] == "status" { 1 } else { 75 }, "{seen:?}");
+        assert_eq!(
+            seen.code,
+            if command[0] == "status" { 1 } else { 75 },
+            "{seen:?}"
+        );
     }
     drop(file);
     fs::remove_file(&path).expect("it is there");
@@ -211,7 +298,11 @@ fn b1_dangling_link_is_error() {
     assert_eq!(site.run(&["status", "./dangling"]).code, 66);
     assert_eq!(site.run(&["wait", "./dangling"]).code, 66);
     assert_eq!(site.run(&["status", "./loop"]).code, 74);
-    assert_eq!(site.run(&["status", "./nosuch"]).code, 0, "nobody can hold what is not there");
+    assert_eq!(
+        site.run(&["status", "./nosuch"]).code,
+        0,
+        "nobody can hold what is not there"
+    );
     assert_eq!(site.run(&["status", "./nosuch/file"]).code, 0);
 }
 
@@ -228,12 +319,19 @@ fn b1_without_proc_held_locks_are_still_held() {
     let name = fresh_name();
     let _named = site.hold(&["--name", &name]);
     site.write("free.lock", "");
-    for (place, code) in
-        [("./held.lock", 1), ("./shared.lock", 1), ("./held.lease", 1), (&*name, 1), ("./free.lock", 0)]
-    {
+    for (place, code) in [
+        ("./held.lock", 1),
+        ("./shared.lock", 1),
+        ("./held.lease", 1),
+        (&*name, 1),
+        ("./free.lock", 0),
+    ] {
         let script = format!("mount -t tmpfs none /proc && exec {PROGRAM} status {place}");
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", &script]).current_dir(site.directory()).stdin(Stdio::null());
+        command
+            .args(["--mount", "sh", "-c", &script])
+            .current_dir(site.directory())
+            .stdin(Stdio::null());
         let ended = Ended::of(&mut command);
         assert_eq!(ended.code, code, "{place}: {ended:?}");
     }
@@ -248,20 +346,29 @@ fn b2_status_of_name_tells_of_file_with_that_name() {
     let _file = site.hold(&["--file", &name]);
     let status = site.run(&["status", &name]);
     assert_eq!(status.code, 0, "the named lock is free: {status:?}");
-    assert!(status.err.contains(&format!("./{name}")) && status.out.contains("is free"), "{status:?}");
+    assert!(
+        status.err.contains(&format!("./{name}")) && status.out.contains("is free"),
+        "{status:?}"
+    );
     let json = site.run(&["status", "--json", &name]);
     assert_eq!(json.json()["lock"]["kind"], "named");
     assert!(json.err.contains(&format!("./{name}")));
     let quiet = site.run(&["status", "--quiet", &name]);
     assert_eq!((&*quiet.out, &*quiet.err), ("", ""));
     let wait = site.run(&["wait", &name]);
-    assert!(wait.code == 0 && wait.err.contains(&format!("./{name}")), "{wait:?}");
+    assert!(
+        wait.code == 0 && wait.err.contains(&format!("./{name}")),
+        "{wait:?}"
+    );
     assert_eq!(site.run(&["wait", "--quiet", &name]).err, "");
     assert_eq!(site.run(&["status", &format!("./{name}")]).code, 1);
     // The same holds for text that cannot be a name.
     site.write("1.lock", "");
     let refused = site.run(&["status", "1.lock"]);
-    assert!(refused.code == 64 && refused.err.contains("./1.lock"), "{refused:?}");
+    assert!(
+        refused.code == 64 && refused.err.contains("./1.lock"),
+        "{refused:?}"
+    );
 }
 
 #[test]
@@ -274,7 +381,11 @@ fn status_of_locked_counter_file_is_held() {
         let status = site.run(&["status", "--json", "./counter"]);
         let lock = &status.json()["lock"];
         let me = std::process::id();
-        assert_eq!((status.code, &lock["kind"], &lock["holders"][0]["pid"]), (1, &"file".into(), &me.into()), "{lock}");
+        assert_eq!(
+            (status.code, &lock["kind"], &lock["holders"][0]["pid"]),
+            (1, &"file".into(), &me.into()),
+            "{lock}"
+        );
         drop(guard);
     }
 }

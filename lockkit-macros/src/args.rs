@@ -63,15 +63,27 @@ impl Parse for Args {
             }
         }
         match &args {
-            Self { exit_code: Some(ExitCode { key, .. }), on_held: Some(_), .. } => Err(Error::new_spanned(
+            Self {
+                exit_code: Some(ExitCode { key, .. }),
+                on_held: Some(_),
+                ..
+            } => Err(Error::new_spanned(
                 key,
                 "`exit_code` has no effect beside `on_held`, whose handler decides; drop one",
             )),
-            Self { on_second: Some(handler), scope: Some(Scope::Machine), .. } => Err(Error::new_spanned(
+            Self {
+                on_second: Some(handler),
+                scope: Some(Scope::Machine),
+                ..
+            } => Err(Error::new_spanned(
                 handler,
                 "`on_second` goes with the scope \"user\" alone: instances talk only to those of the same user",
             )),
-            Self { on_second: Some(handler), wait: Some(Wait::AtMost(Duration::ZERO)), .. } => Err(Error::new_spanned(
+            Self {
+                on_second: Some(handler),
+                wait: Some(Wait::AtMost(Duration::ZERO)),
+                ..
+            } => Err(Error::new_spanned(
                 handler,
                 "beside `on_second`, `wait` is how long the first instance may take to answer; no time is too little",
             )),
@@ -92,21 +104,39 @@ impl Args {
             "wait" => set(&mut self.wait, &key, wait(&value(&key, input)?)?),
             "exit_code" => {
                 let code = exit_code(&value(&key, input)?)?;
-                set(&mut self.exit_code, &key, ExitCode { key: key.clone(), code })
+                set(
+                    &mut self.exit_code,
+                    &key,
+                    ExitCode {
+                        key: key.clone(),
+                        code,
+                    },
+                )
             }
             "on_held" => set(
                 &mut self.on_held,
                 &key,
-                handler(&key, value(&key, input)?, "fn(lockkit::Error) -> R` with the `R` that this function returns")?,
+                handler(
+                    &key,
+                    value(&key, input)?,
+                    "fn(lockkit::Error) -> R` with the `R` that this function returns",
+                )?,
             ),
-            "on_recovered" => {
-                set(&mut self.on_recovered, &key, handler(&key, value(&key, input)?, "fn(&lockkit::Recovered)`")?)
-            }
-            "on_second" => {
-                set(&mut self.on_second, &key, handler(&key, value(&key, input)?, "fn(lockkit::Activation)`")?)
-            }
+            "on_recovered" => set(
+                &mut self.on_recovered,
+                &key,
+                handler(&key, value(&key, input)?, "fn(&lockkit::Recovered)`")?,
+            ),
+            "on_second" => set(
+                &mut self.on_second,
+                &key,
+                handler(&key, value(&key, input)?, "fn(lockkit::Activation)`")?,
+            ),
             "crate" => set(&mut self.lockkit, &key, path(value(&key, input)?)?),
-            _ => Err(Error::new_spanned(&key, format!("there is no argument `{key}`; {KEYS}"))),
+            _ => Err(Error::new_spanned(
+                &key,
+                format!("there is no argument `{key}`; {KEYS}"),
+            )),
         }
     }
 }
@@ -114,7 +144,8 @@ impl Args {
 const KEYS: &str = "the arguments are `scope`, `wait`, `exit_code`, `on_held`, `on_recovered`, `on_second` and `crate`, each as `key = value`";
 
 fn name(input: ParseStream) -> Result<Expr> {
-    const MISSING: &str = "the name to hold comes first, as in `#[single_instance(\"com.example.app\")]`";
+    const MISSING: &str =
+        "the name to hold comes first, as in `#[single_instance(\"com.example.app\")]`";
     if input.is_empty() {
         return Err(Error::new(Span::call_site(), MISSING));
     }
@@ -122,9 +153,10 @@ fn name(input: ParseStream) -> Result<Expr> {
         return Err(input.error(MISSING));
     }
     match ungrouped(input.parse()?) {
-        Expr::Lit(ExprLit { lit, .. }) if !matches!(lit, Lit::Str(_)) => {
-            Err(Error::new_spanned(lit, "the name is a string, or a constant that is one"))
-        }
+        Expr::Lit(ExprLit { lit, .. }) if !matches!(lit, Lit::Str(_)) => Err(Error::new_spanned(
+            lit,
+            "the name is a string, or a constant that is one",
+        )),
         name => Ok(name),
     }
 }
@@ -132,7 +164,10 @@ fn name(input: ParseStream) -> Result<Expr> {
 fn value(key: &Ident, input: ParseStream) -> Result<Expr> {
     let equals = input.parse::<Option<Token![=]>>()?;
     if equals.is_none() || input.is_empty() || input.peek(Token![,]) {
-        return Err(Error::new_spanned(key, format!("`{key}` needs a value: `{key} = ...`")));
+        return Err(Error::new_spanned(
+            key,
+            format!("`{key}` needs a value: `{key} = ...`"),
+        ));
     }
     Ok(ungrouped(input.parse()?))
 }
@@ -148,7 +183,10 @@ fn scope(value: &Expr) -> Result<Scope> {
     match text(value).as_deref() {
         Some("user") => Ok(Scope::User),
         Some("machine") => Ok(Scope::Machine),
-        _ => Err(Error::new_spanned(value, "`scope` is \"user\" or \"machine\"")),
+        _ => Err(Error::new_spanned(
+            value,
+            "`scope` is \"user\" or \"machine\"",
+        )),
     }
 }
 
@@ -166,7 +204,10 @@ fn wait(value: &Expr) -> Result<Wait> {
 
 fn exit_code(value: &Expr) -> Result<u8> {
     let code = match value {
-        Expr::Lit(ExprLit { lit: Lit::Int(number), .. }) => number.base10_parse().ok(),
+        Expr::Lit(ExprLit {
+            lit: Lit::Int(number),
+            ..
+        }) => number.base10_parse().ok(),
         _ => None,
     };
     code.ok_or_else(|| Error::new_spanned(value, "`exit_code` is a whole number from 0 to 255"))
@@ -175,25 +216,42 @@ fn exit_code(value: &Expr) -> Result<u8> {
 fn handler(key: &Ident, value: Expr, kind: &str) -> Result<ExprPath> {
     match value {
         Expr::Path(path) => Ok(path),
-        value => Err(Error::new_spanned(value, format!("`{key}` takes the path of a function, `{kind}"))),
+        value => Err(Error::new_spanned(
+            value,
+            format!("`{key}` takes the path of a function, `{kind}"),
+        )),
     }
 }
 
 /// Returns the path of `lockkit`, given as a string or as a path.
 fn path(value: Expr) -> Result<Path> {
-    const ALLOWED: &str = "`crate` is the path by which this crate knows lockkit, as in `crate = \"lk\"`";
+    const ALLOWED: &str =
+        "`crate` is the path by which this crate knows lockkit, as in `crate = \"lk\"`";
     let path = match &value {
-        Expr::Lit(ExprLit { lit: Lit::Str(text), .. }) => text.parse_with(Path::parse_mod_style).ok(),
-        Expr::Path(ExprPath { qself: None, path, .. }) => Some(path.clone()),
+        Expr::Lit(ExprLit {
+            lit: Lit::Str(text),
+            ..
+        }) => text.parse_with(Path::parse_mod_style).ok(),
+        Expr::Path(ExprPath {
+            qself: None, path, ..
+        }) => Some(path.clone()),
         _ => None,
     };
-    let is_plain = |path: &Path| path.segments.iter().all(|segment| segment.arguments.is_none());
-    path.filter(is_plain).ok_or_else(|| Error::new_spanned(value, ALLOWED))
+    let is_plain = |path: &Path| {
+        path.segments
+            .iter()
+            .all(|segment| segment.arguments.is_none())
+    };
+    path.filter(is_plain)
+        .ok_or_else(|| Error::new_spanned(value, ALLOWED))
 }
 
 fn text(value: &Expr) -> Option<String> {
     match value {
-        Expr::Lit(ExprLit { lit: Lit::Str(text), .. }) => Some(text.value()),
+        Expr::Lit(ExprLit {
+            lit: Lit::Str(text),
+            ..
+        }) => Some(text.value()),
         _ => None,
     }
 }

@@ -6,11 +6,15 @@ use proc_macro2::{Span, TokenStream};
 use quote::{ToTokens, quote, quote_spanned};
 use syn::ext::IdentExt;
 use syn::parse::{Parse, ParseStream};
-use syn::{Attribute, Error, Ident, Lit, Result, ReturnType, Signature, Token, Type, Visibility, braced, token};
+use syn::{
+    Attribute, Error, Ident, Lit, Result, ReturnType, Signature, Token, Type, Visibility, braced,
+    token,
+};
 
 use crate::args::{Args, Scope, Wait};
 
-/// A function with a body. The body is not parsed, so that everything that Rust allows there is passed on.
+/// A function with a body. The body is not parsed, so that everything that Rust allows there is
+/// passed on.
 pub(crate) struct Function {
     attributes: Vec<Attribute>,
     visibility: Visibility,
@@ -29,7 +33,10 @@ impl Parse for Function {
         }
         let signature: Signature = input.parse()?;
         if let Some(constness) = &signature.constness {
-            return Err(Error::new_spanned(constness, "a `const fn` cannot take a lock"));
+            return Err(Error::new_spanned(
+                constness,
+                "a `const fn` cannot take a lock",
+            ));
         }
         if input.peek(Token![;]) {
             return Err(input.error("`#[single_instance]` goes on a function with a body"));
@@ -61,7 +68,14 @@ impl Function {
     /// Returns the function with the name held around its body.
     pub(crate) fn holding(&self, args: &Args) -> Result<TokenStream> {
         let hold = self.hold(args)?;
-        let Self { attributes, visibility, signature, braces, inner_attributes, body } = self;
+        let Self {
+            attributes,
+            visibility,
+            signature,
+            braces,
+            inner_attributes,
+            body,
+        } = self;
         let mut tokens = quote! { #(#attributes)* #visibility #signature };
         braces.surround(&mut tokens, |tokens| {
             tokens.extend(quote! { #(#inner_attributes)* #hold #body });
@@ -69,12 +83,22 @@ impl Function {
         Ok(tokens)
     }
 
-    /// Writes a `let` that makes the guard live as long as the body. The body cannot name the guard, because of the
-    /// hygiene of `mixed_site`.
+    /// Writes a `let` that makes the guard live as long as the body. The body cannot name the
+    /// guard, because of the hygiene of `mixed_site`.
     fn hold(&self, args: &Args) -> Result<TokenStream> {
-        let Names { lockkit, std, guard, error, name, .. } = &Names::of(args);
+        let Names {
+            lockkit,
+            std,
+            guard,
+            error,
+            name,
+            ..
+        } = &Names::of(args);
         let (first, last) = ends(&args.name);
-        let called = args.lockkit.as_ref().map_or_else(|| quote_spanned!(first=> ::lockkit), ToTokens::to_token_stream);
+        let called = args.lockkit.as_ref().map_or_else(
+            || quote_spanned!(first=> ::lockkit),
+            ToTokens::to_token_stream,
+        );
         let checked = quote_spanned!(first=> #called::instance::checked_name);
         let given = &args.name;
         let given = quote_spanned!(last=> (#given));
@@ -84,7 +108,9 @@ impl Function {
         };
         let wait = match args.wait {
             Some(Wait::Forever) => quote!(#std::None),
-            None if args.on_second.is_some() => quote!(#std::Some(#lockkit::instance::ANSWER_WITHIN)),
+            None if args.on_second.is_some() => {
+                quote!(#std::Some(#lockkit::instance::ANSWER_WITHIN))
+            }
             None => at_most(std, Duration::ZERO),
             Some(Wait::AtMost(limit)) => at_most(std, limit),
         };
@@ -92,7 +118,8 @@ impl Function {
         let refuse = self.refuse(args)?;
         Ok(quote_spanned! {Span::mixed_site()=>
             let #guard = {
-                // An item, not a `const` block, so that the name is checked even if a generic function is never called.
+                // An item, not a `const` block, so that the name is checked even if a generic
+                // function is never called.
                 const #name: &#std::str = #checked #given;
                 match #enter {
                     #std::Ok(#guard) => {
@@ -107,15 +134,20 @@ impl Function {
         })
     }
 
-    /// Writes the acquisition of the name, and the report of a death that follows it. With `on_second` the report comes
-    /// first: the repair after the dead owner precedes every request.
+    /// Writes the acquisition of the name, and the report of a death that follows it. With
+    /// `on_second` the report comes first: the repair after the dead owner precedes every request.
     fn enter(
         &self,
         args: &Args,
         scope: &TokenStream,
         wait: &TokenStream,
     ) -> Result<(TokenStream, Option<TokenStream>)> {
-        let Names { lockkit, guard, name, .. } = &Names::of(args);
+        let Names {
+            lockkit,
+            guard,
+            name,
+            ..
+        } = &Names::of(args);
         let recovered = self.recovered(args);
         match &args.on_second {
             None => {
@@ -139,7 +171,14 @@ impl Function {
 
     /// Writes the report that the previous owner died.
     fn recovered(&self, args: &Args) -> Option<TokenStream> {
-        let Names { lockkit, std, guard, recovered, name, .. } = &Names::of(args);
+        let Names {
+            lockkit,
+            std,
+            guard,
+            recovered,
+            name,
+            ..
+        } = &Names::of(args);
         let tell = match &args.on_recovered {
             Some(handler) => {
                 let (_, last) = ends(handler);
@@ -166,7 +205,12 @@ impl Function {
     /// Writes the exit from the function if the name was not acquired.
     fn refuse(&self, args: &Args) -> Result<TokenStream> {
         let here = Span::mixed_site();
-        let Names { lockkit, error, name, .. } = &Names::of(args);
+        let Names {
+            lockkit,
+            error,
+            name,
+            ..
+        } = &Names::of(args);
         if let Some(handler) = &args.on_held {
             let (first, last) = ends(handler);
             let leave = quote_spanned!(first=> return);
@@ -182,7 +226,8 @@ impl Function {
             return Ok(quote_spanned!(here=> #lockkit::instance::exit(#name, &#error, #code)));
         }
         if let Some(given) = &args.exit_code {
-            let message = "`exit_code` is for `main`; another function returns the error, or takes `on_held`";
+            let message =
+                "`exit_code` is for `main`; another function returns the error, or takes `on_held`";
             return Err(Error::new_spanned(&given.key, message));
         }
         self.return_error(args)
@@ -191,22 +236,34 @@ impl Function {
     /// Writes the return of the error from a function other than `main`.
     fn return_error(&self, args: &Args) -> Result<TokenStream> {
         let here = Span::mixed_site();
-        let Names { lockkit, error, returns, .. } = &Names::of(args);
+        let Names {
+            lockkit,
+            error,
+            returns,
+            ..
+        } = &Names::of(args);
         match (&self.signature.output, args.wait) {
-            // See `Returns`: the first `return` lets it infer the type, the second one returns or gives up.
-            (ReturnType::Type(_, kind), Some(Wait::Forever)) if !is_opaque(kind) => Ok(quote_spanned! {here=>
-                use #lockkit::instance::OrGiveUp as _;
-                let #returns = #lockkit::instance::Returns::new();
-                if false {
-                    return #returns.value();
-                }
-                return #returns.refuse(#error);
-            }),
-            (_, Some(Wait::Forever)) => Ok(quote_spanned!(here=> #lockkit::instance::give_up(&#error))),
+            // See `Returns`: the first `return` lets it infer the type, the second one returns or
+            // gives up.
+            (ReturnType::Type(_, kind), Some(Wait::Forever)) if !is_opaque(kind) => {
+                Ok(quote_spanned! {here=>
+                    use #lockkit::instance::OrGiveUp as _;
+                    let #returns = #lockkit::instance::Returns::new();
+                    if false {
+                        return #returns.value();
+                    }
+                    return #returns.refuse(#error);
+                })
+            }
+            (_, Some(Wait::Forever)) => {
+                Ok(quote_spanned!(here=> #lockkit::instance::give_up(&#error)))
+            }
             (ReturnType::Type(_, kind), _) => {
                 let (first, last) = ends(kind);
-                let called =
-                    args.lockkit.as_ref().map_or_else(|| quote_spanned!(first=> ::lockkit), ToTokens::to_token_stream);
+                let called = args.lockkit.as_ref().map_or_else(
+                    || quote_spanned!(first=> ::lockkit),
+                    ToTokens::to_token_stream,
+                );
                 let refusal = quote_spanned!(first=> return #called::instance::Refusal);
                 let error = at(error, last);
                 let refused = quote_spanned!(last=> ::refused(#error));
@@ -228,9 +285,10 @@ impl Function {
 
 /// The names in the statement.
 ///
-/// The only path is that of `lockkit`, which contains the names of the standard library, too: the user's crate may call
-/// another crate `core`. The hygiene of `mixed_site` separates locals from other locals, but not from items: a `const`
-/// or `static` of the user's gives a pattern with its name another meaning. So the locals have names that no item has.
+/// The only path is that of `lockkit`, which contains the names of the standard library, too: the
+/// user's crate may call another crate `core`. The hygiene of `mixed_site` separates locals from
+/// other locals, but not from items: a `const` or `static` of the user's gives a pattern with its
+/// name another meaning. So the locals have names that no item has.
 struct Names {
     /// The path of the crate.
     lockkit: TokenStream,
@@ -248,7 +306,10 @@ impl Names {
     fn of(args: &Args) -> Self {
         let own = |name| Ident::new(name, Span::mixed_site());
         let here = || quote_spanned!(Span::mixed_site()=> ::lockkit);
-        let lockkit = args.lockkit.as_ref().map_or_else(here, ToTokens::to_token_stream);
+        let lockkit = args
+            .lockkit
+            .as_ref()
+            .map_or_else(here, ToTokens::to_token_stream);
         Self {
             std: quote!(#lockkit::instance::standard),
             lockkit,
@@ -282,10 +343,14 @@ fn is_opaque(kind: &Type) -> bool {
     }
 }
 
-/// Returns the positions where `tokens` begin and end. With such a position on generated code, the compiler points at
-/// what the user can correct if the types do not fit. Names in that code are resolved as in the rest of the statement.
+/// Returns the positions where `tokens` begin and end. With such a position on generated code, the
+/// compiler points at what the user can correct if the types do not fit. Names in that code are
+/// resolved as in the rest of the statement.
 fn ends(tokens: &impl ToTokens) -> (Span, Span) {
-    let mut spans = tokens.to_token_stream().into_iter().map(|token| Span::mixed_site().located_at(token.span()));
+    let mut spans = tokens
+        .to_token_stream()
+        .into_iter()
+        .map(|token| Span::mixed_site().located_at(token.span()));
     let first = spans.next().unwrap_or_else(Span::mixed_site);
     (first, spans.last().unwrap_or(first))
 }

@@ -1,4 +1,5 @@
-//! Checks that the name is held while a function runs, and free after the function has ended in any way.
+//! Checks that the name is held while a function runs, and free after the function has ended in any
+//! way.
 
 // They are const, but clippy does not see this in the macro's expansion.
 #![cfg_attr(windows, allow(clippy::missing_const_for_thread_local))]
@@ -31,7 +32,10 @@ const TASK: &str = "LOCKKIT_TEST_TASK";
 /// Returns this program as a child that runs only `test` and does `task`.
 fn child(test: &str, task: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([test, "--exact", "--nocapture"]).env(TASK, task).stdout(Stdio::null());
+    command
+        .args([test, "--exact", "--nocapture"])
+        .env(TASK, task)
+        .stdout(Stdio::null());
     command
 }
 
@@ -139,7 +143,11 @@ fn on_held_handler_decides_return_value() {
 
     assert_holds(NAME, || work() == "true");
     let _held = hold(NAME);
-    assert!(work().starts_with("the named lock \"lockkit-test-macro-on-held\" is held by pid "), "{}", work());
+    assert!(
+        work().starts_with("the named lock \"lockkit-test-macro-on-held\" is held by pid "),
+        "{}",
+        work()
+    );
 }
 
 #[test]
@@ -161,9 +169,14 @@ fn wait_forever_ends_when_name_is_free() {
     let (done, is_done) = mpsc::channel();
     thread::scope(|threads| {
         threads.spawn(|| nothing(&done));
-        assert!(is_done.recv_timeout(Duration::from_millis(100)).is_err(), "it did not wait");
+        assert!(
+            is_done.recv_timeout(Duration::from_millis(100)).is_err(),
+            "it did not wait"
+        );
         drop(held);
-        is_done.recv_timeout(Duration::from_secs(10)).expect("it went on");
+        is_done
+            .recv_timeout(Duration::from_secs(10))
+            .expect("it went on");
     });
 }
 
@@ -181,7 +194,10 @@ fn wait_with_limit_ends_at_limit() {
     let start = Instant::now();
     assert!(work().unwrap_err().is_timeout());
     let waited = start.elapsed();
-    assert!((Duration::from_millis(100)..Duration::from_secs(10)).contains(&waited), "{waited:?}");
+    assert!(
+        (Duration::from_millis(100)..Duration::from_secs(10)).contains(&waited),
+        "{waited:?}"
+    );
 }
 
 #[test]
@@ -193,10 +209,18 @@ fn refuse_returns_convertible_error_and_panics_otherwise() {
     }
 
     let returned: Result<(), std::io::Error> = Returns::new().refuse(error());
-    assert_eq!(returned.unwrap_err().kind(), std::io::ErrorKind::InvalidInput);
+    assert_eq!(
+        returned.unwrap_err().kind(),
+        std::io::ErrorKind::InvalidInput
+    );
     assert_eq!(Returns::<Option<u8>>::new().refuse(error()), None);
     let panic = catch_unwind(|| Returns::<Result<(), String>>::new().refuse(error())).unwrap_err();
-    assert!(panic.downcast_ref::<String>().unwrap().contains("starts with an ASCII letter"));
+    assert!(
+        panic
+            .downcast_ref::<String>()
+            .unwrap()
+            .contains("starts with an ASCII letter")
+    );
 }
 
 #[test]
@@ -205,7 +229,10 @@ fn scope_without_argument_is_user() {
 
     #[single_instance(NAME, scope = "machine")]
     fn machine() -> Option<bool> {
-        let lock = NamedLock::builder(NAME).scope(Scope::Machine).build().unwrap();
+        let lock = NamedLock::builder(NAME)
+            .scope(Scope::Machine)
+            .build()
+            .unwrap();
         Some(lock.try_lock().is_err_and(|error| error.is_held()) && !is_held(NAME))
     }
 
@@ -234,7 +261,9 @@ fn early_return_and_panic_release_name() {
     }
 
     assert_holds(NAME, || work("return").unwrap());
-    assert_holds(NAME, || work("?").unwrap_err().is::<std::num::ParseIntError>());
+    assert_holds(NAME, || {
+        work("?").unwrap_err().is::<std::num::ParseIntError>()
+    });
     assert_holds(NAME, || catch_unwind(|| work("panic")).is_err());
 }
 
@@ -283,7 +312,10 @@ fn attribute_on_methods_and_generic_functions_works() {
     }
 
     #[single_instance(NAME)]
-    fn longest<'a, T: ?Sized>(all: &'a [&'a T], len: impl Fn(&T) -> usize) -> lockkit::Result<Option<&'a T>> {
+    fn longest<'a, T: ?Sized>(
+        all: &'a [&'a T],
+        len: impl Fn(&T) -> usize,
+    ) -> lockkit::Result<Option<&'a T>> {
         assert!(is_held(NAME));
         Ok(all.iter().copied().max_by_key(|one| len(one)))
     }
@@ -311,7 +343,9 @@ fn attribute_on_methods_and_generic_functions_works() {
     let mut job = Job { runs: Vec::new() };
     assert_holds(NAME, || *job.run().unwrap());
     assert_holds(NAME, || job.end() == Some(vec![true]));
-    assert_holds(NAME, || longest(&["a", "bcd", "ef"], str::len).unwrap() == Some("bcd"));
+    assert_holds(NAME, || {
+        longest(&["a", "bcd", "ef"], str::len).unwrap() == Some("bcd")
+    });
     assert_holds(NAME, || opaque_in_result().unwrap().eq([true]));
     assert_holds(NAME, || opaque_in_option("text").unwrap()() == "text");
     assert_holds(NAME, || opaque_in_waiting_result().is_ok());
@@ -348,9 +382,14 @@ fn async_function_holds_name_across_awaits() {
         Ok(before && is_held(NAME))
     }
 
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_time().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_time()
+        .build()
+        .unwrap();
     // Spawning requires that the future, and so the guard, is `Send`.
-    assert_holds(NAME, || runtime.block_on(runtime.spawn(work())).unwrap().unwrap());
+    assert_holds(NAME, || {
+        runtime.block_on(runtime.spawn(work())).unwrap().unwrap()
+    });
     let _held = hold(NAME);
     assert!(runtime.block_on(work()).unwrap_err().is_held());
 }
@@ -367,7 +406,12 @@ fn future_acquires_at_first_poll_and_releases_on_drop() {
     {
         let mut future = pin!(work());
         assert!(!is_held(NAME), "nothing has run yet");
-        assert_eq!(future.as_mut().poll(&mut Context::from_waker(Waker::noop())), Poll::Pending);
+        assert_eq!(
+            future
+                .as_mut()
+                .poll(&mut Context::from_waker(Waker::noop())),
+            Poll::Pending
+        );
         assert!(is_held(NAME));
     }
     assert!(!is_held(NAME));
@@ -388,9 +432,13 @@ fn attribute_on_async_method_with_borrow_works() {
         }
     }
 
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
     let mut job = Job(Vec::new());
-    assert_holds(NAME, || runtime.block_on(job.run(&1)).is_ok_and(|value| *value == 1));
+    assert_holds(NAME, || {
+        runtime.block_on(job.run(&1)).is_ok_and(|value| *value == 1)
+    });
     assert_eq!(job.0, [true]);
 }
 
@@ -415,7 +463,9 @@ fn on_recovered_gets_dead_owner() {
         std::mem::forget(hold(NAME));
         std::process::abort();
     }
-    let mut child = child("on_recovered_gets_dead_owner", "die").spawn().unwrap();
+    let mut child = child("on_recovered_gets_dead_owner", "die")
+        .spawn()
+        .unwrap();
     assert!(!child.wait().unwrap().success());
     assert_holds(NAME, || work().unwrap());
     assert_eq!(DEAD.get(), Some(child.id()));
@@ -479,15 +529,25 @@ fn main_with_held_name_reports_and_exits() {
         ("with handler", 0, &handled),
         ("fail", 71, &failed),
     ] {
-        let output = child("main_with_held_name_reports_and_exits", task).output().unwrap();
+        let output = child("main_with_held_name_reports_and_exits", task)
+            .output()
+            .unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(code), "{task}: {stderr}");
-        assert!(stderr.starts_with(said) && stderr.lines().count() == 1, "{task}: {stderr}");
+        assert!(
+            stderr.starts_with(said) && stderr.lines().count() == 1,
+            "{task}: {stderr}"
+        );
     }
     drop(held);
     for task in ["plain", "waiting", "with code", "with handler"] {
-        let output = child("main_with_held_name_reports_and_exits", task).output().unwrap();
-        assert!(output.status.success() && output.stderr.is_empty(), "{task}: {output:?}");
+        let output = child("main_with_held_name_reports_and_exits", task)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{task}: {output:?}"
+        );
     }
 }
 
@@ -503,13 +563,19 @@ fn on_second_runs_after_on_recovered_returns() {
     }
 
     fn activate(limit: Duration) -> lockkit::Result<()> {
-        let lockkit::Instance::Second(second) = lockkit::Instance::enter(NAME)? else { panic!("it is taken") };
+        let lockkit::Instance::Second(second) = lockkit::Instance::enter(NAME)? else {
+            panic!("it is taken")
+        };
         second.activate(&lockkit::Wait::at_most(limit)).map(drop)
     }
 
     fn repair(_: &lockkit::Recovered) {
         step("repair");
-        assert!(activate(Duration::from_millis(100)).unwrap_err().is_timeout());
+        assert!(
+            activate(Duration::from_millis(100))
+                .unwrap_err()
+                .is_timeout()
+        );
         step("repaired");
     }
 
@@ -538,10 +604,14 @@ fn on_second_runs_after_on_recovered_returns() {
 fn on_second_activates_first_instance_and_exits_zero() {
     const NAME: &str = "lockkit-test-macro-on-second";
     const TEST: &str = "on_second_activates_first_instance_and_exits_zero";
-    static SEEN: std::sync::Mutex<Vec<(Option<u32>, Option<String>)>> = std::sync::Mutex::new(Vec::new());
+    static SEEN: std::sync::Mutex<Vec<(Option<u32>, Option<String>)>> =
+        std::sync::Mutex::new(Vec::new());
 
     fn opened(activation: lockkit::Activation) {
-        let token = activation.variable("XDG_ACTIVATION_TOKEN").and_then(|token| token.to_str()).map(str::to_owned);
+        let token = activation
+            .variable("XDG_ACTIVATION_TOKEN")
+            .and_then(|token| token.to_str())
+            .map(str::to_owned);
         SEEN.lock().unwrap().push((activation.pid(), token));
     }
 
@@ -568,10 +638,18 @@ fn on_second_activates_first_instance_and_exits_zero() {
     }
     let start = |task: &str| {
         let command = &mut child(TEST, task);
-        let child = command.env("XDG_ACTIVATION_TOKEN", "a token").stderr(Stdio::piped()).spawn().unwrap();
+        let child = command
+            .env("XDG_ACTIVATION_TOKEN", "a token")
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let pid = child.id();
         let output = child.wait_with_output().unwrap();
-        (pid, output.status.code(), String::from_utf8(output.stderr).unwrap())
+        (
+            pid,
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
     };
     assert_eq!(start("work").2, "first\n", "nobody else runs");
     {
@@ -580,18 +658,29 @@ fn on_second_activates_first_instance_and_exits_zero() {
         main();
         assert!(!is_held(NAME), "it is held as long as it runs");
     }
-    let lockkit::Instance::First(first) = lockkit::Instance::enter(NAME).unwrap() else { panic!("it is free") };
+    let lockkit::Instance::First(first) = lockkit::Instance::enter(NAME).unwrap() else {
+        panic!("it is free")
+    };
     first.on_activation(opened).unwrap();
     let (pid, code, said) = start("work");
     assert_eq!((code, &*said), (Some(0), ""));
-    assert_eq!(*SEEN.lock().unwrap(), [(Some(pid), Some("a token".to_owned()))]);
+    assert_eq!(
+        *SEEN.lock().unwrap(),
+        [(Some(pid), Some("a token".to_owned()))]
+    );
     drop(first);
 
     // The first instance exists and takes no activations.
     let held = hold(NAME);
     let (_, code, said) = start("impatient");
     assert_eq!(code, Some(4), "{said}");
-    let expected = format!("{NAME} is already running, but does not answer: pid {} (", std::process::id());
-    assert!(said.starts_with(&expected) && said.lines().count() == 1, "{said}");
+    let expected = format!(
+        "{NAME} is already running, but does not answer: pid {} (",
+        std::process::id()
+    );
+    assert!(
+        said.starts_with(&expected) && said.lines().count() == 1,
+        "{said}"
+    );
     drop(held);
 }

@@ -1,7 +1,7 @@
 //! Checks the compiler's output: every error message, and code that must compile without a warning.
 //!
-//! The expected output is that of the current stable compiler. `TRYBUILD=overwrite cargo test -p lockkit-macros --test
-//! ui` regenerates it; review the changes.
+//! The expected output is that of the current stable compiler.
+//! `TRYBUILD=overwrite cargo test -p lockkit-macros --test ui` regenerates it; review the changes.
 
 #[test]
 fn compile_error_points_at_invalid_token() {

@@ -1,10 +1,13 @@
-//! Locks between processes: each lock gives an owned guard, and dropping the guard releases the lock.
+//! Locks between processes: each lock gives an owned guard, and dropping the guard releases the
+//! lock.
 //!
-//! A crash never leaves a lock stuck and never lets two processes hold it. The next owner's guard reports the crash.
+//! A crash never leaves a lock stuck and never lets two processes hold it. The next owner's guard
+//! reports the crash.
 //!
 //! # Which one first
 //!
-//! Use a [`NamedLock`], or [`single_instance`], which puts one around a function, unless one of these is true:
+//! Use a [`NamedLock`], or [`single_instance`], which puts one around a function, unless one of
+//! these is true:
 //!
 //! | if | use | it is a lock on |
 //! |---|---|---|
@@ -15,8 +18,8 @@
 //! | there are thousands of locks, or one is acquired a million times a second | [`ShmLockManager`] | a number from a table in shared memory |
 //! | the same, without memory to share; or inside one process, for tests | [`FileLockManager`]; [`InMemoryLockManager`] | a number |
 //!
-//! All are a [`Lock`] with a [`Guard`], and wait as a [`Wait`] says: not at all, for ever, up to a limit, until a
-//! [`CancelToken`] is cancelled.
+//! All are a [`Lock`] with a [`Guard`], and wait as a [`Wait`] says: not at all, for ever, up to a
+//! limit, until a [`CancelToken`] is cancelled.
 //!
 //! ```
 //! use lockkit::prelude::*;
@@ -41,21 +44,25 @@
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
 //!
-//! The features `etcd`, `postgres` and `redis` add leases on servers: [`Lease::connect`] takes their URL. All features
-//! but `macros`, the attribute, are off by default. The package `lockkit-cli` has the command `lockkit`, which on Linux
-//! is flock(1), too.
+//! The features `etcd`, `postgres` and `redis` add leases on servers: [`Lease::connect`] takes
+//! their URL. All features but `macros`, the attribute, are off by default. The package
+//! `lockkit-cli` has the command `lockkit`, which on Linux is flock(1), too.
 //!
-//! With the feature `tokio` every lock can also be acquired in tasks (`acquire_async`, [`AsyncLock`]). With the feature
-//! `tracing` the locks report events to a subscriber:
+//! With the feature `tokio` every lock can also be acquired in tasks (`acquire_async`,
+//! [`AsyncLock`]). With the feature `tracing` the locks report events to a subscriber:
 //!
 //! - debug events when a lock is waited for (`holder`) and acquired (`waited`, in seconds);
 //! - a warning if the previous owner died (`recovered`);
 //! - an error if a lease is lost (`token`, `reason`);
 //! - trace events at the release.
 //!
-//! Each event has the `kind` and the `name` of the lock. A debug span `acquire` covers each acquisition.
+//! Each event has the `kind` and the `name` of the lock. A debug span `acquire` covers each
+//! acquisition.
 //!
-#![cfg_attr(not(feature = "tokio"), doc = "[`AsyncLock`]: https://docs.rs/lockkit/latest/lockkit/trait.AsyncLock.html")]
+#![cfg_attr(
+    not(feature = "tokio"),
+    doc = "[`AsyncLock`]: https://docs.rs/lockkit/latest/lockkit/trait.AsyncLock.html"
+)]
 #![doc = include_str!("traps.md")]
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
@@ -88,7 +95,8 @@ pub use lease::{Lease, LeaseBuilder, LeaseGuard, LeaseStatus, Loss, LossReason, 
 #[doc = include_str!("single_instance.md")]
 pub use lockkit_macros::single_instance;
 pub use manager::{
-    FileLockManager, HeldLock, InMemoryLockManager, LockManager, ManagedGuard, ManagedLock, ShmLockManager,
+    FileLockManager, HeldLock, InMemoryLockManager, LockManager, ManagedGuard, ManagedLock,
+    ShmLockManager,
 };
 pub use named::{Backend, HeldNamedLock, NamedGuard, NamedLock, NamedLockBuilder, Scope};
 pub use pidfile::{PidFile, PidGuard, PidStatus};
@@ -104,5 +112,7 @@ pub mod prelude {
     pub use crate::Instance;
     #[cfg(feature = "macros")]
     pub use crate::single_instance;
-    pub use crate::{CancelToken, FileLock, Guard, Lease, Lock, LockManager, NamedLock, PidFile, Wait};
+    pub use crate::{
+        CancelToken, FileLock, Guard, Lease, Lock, LockManager, NamedLock, PidFile, Wait,
+    };
 }

@@ -1,7 +1,8 @@
-//! The cases of asynchronous waits that every kind of lock must pass, on runtimes with one thread and with several.
+//! The cases of asynchronous waits that every kind of lock must pass, on runtimes with one thread
+//! and with several.
 //!
-//! Each case is a function of the [`Kind`] and of a [`Runtime`]. [`task_suite!`](crate::task_suite!) makes tests of all
-//! cases for one kind.
+//! Each case is a function of the [`Kind`] and of a [`Runtime`].
+//! [`task_suite!`](crate::task_suite!) makes tests of all cases for one kind.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,8 +18,8 @@ use crate::fixtures::{AnyGuard, AnyLock};
 use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{Actor, Belongings, Kind, LIVELY, Spec, until};
 
-/// Makes a module `$module` with a test for every case, for one kind of lock and both kinds of runtime. With `alone` it
-/// contains only the cases that need no other process.
+/// Makes a module `$module` with a test for every case, for one kind of lock and both kinds of
+/// runtime. With `alone` it contains only the cases that need no other process.
 #[macro_export]
 macro_rules! task_suite {
     ($module:ident, $kind:expr) => {
@@ -77,12 +78,19 @@ pub fn runtime(flavor: &str) -> Runtime {
         "one" => Builder::new_current_thread(),
         _ => Builder::new_multi_thread(),
     };
-    builder.worker_threads(3).enable_all().build().expect("a runtime")
+    builder
+        .worker_threads(3)
+        .enable_all()
+        .build()
+        .expect("a runtime")
 }
 
 /// Lets the runtime continue until the future waits for something that is not ready.
 async fn expect_pending<T>(acquiring: &mut (impl Future<Output = T> + Unpin)) {
-    assert!(timeout(Duration::from_millis(20), acquiring).await.is_err(), "the acquisition did not wait");
+    assert!(
+        timeout(Duration::from_millis(20), acquiring).await.is_err(),
+        "the acquisition did not wait"
+    );
 }
 
 #[allow(missing_docs)] // Each name states the operation, the condition and the result.
@@ -109,7 +117,11 @@ mod cases {
             let guard = holder.acquire_async(&Wait::none()).await.unwrap();
             let error = lock.acquire_async(&Wait::none()).await.err().unwrap();
             assert!(error.is_held(), "{error}");
-            for wait in [SHORT, Wait::at_most(Duration::ZERO), Wait::until(std::time::Instant::now())] {
+            for wait in [
+                SHORT,
+                Wait::at_most(Duration::ZERO),
+                Wait::until(std::time::Instant::now()),
+            ] {
                 let error = lock.acquire_async(&wait).await.err().unwrap();
                 assert!(error.is_timeout(), "{error}");
             }
@@ -135,7 +147,11 @@ mod cases {
                     token.cancel();
                 }
                 for acquiring in futures {
-                    let error = timeout(LIVELY, acquiring).await.expect("the wait ends").err().unwrap();
+                    let error = timeout(LIVELY, acquiring)
+                        .await
+                        .expect("the wait ends")
+                        .err()
+                        .unwrap();
                     assert!(error.is_cancelled(), "{error}");
                 }
             }
@@ -156,7 +172,9 @@ mod cases {
             let waiters: Vec<_> = (0..4)
                 .map(|_| {
                     let lock = lock.clone();
-                    tokio::spawn(async move { lock.acquire_async(&Wait::at_most(LIVELY)).await.map(drop) })
+                    tokio::spawn(async move {
+                        lock.acquire_async(&Wait::at_most(LIVELY)).await.map(drop)
+                    })
                 })
                 .collect();
             // On one thread none of this could happen if a waiter blocked the thread.
@@ -183,10 +201,18 @@ mod cases {
                     tokio::spawn(async move {
                         for _ in 0..5 {
                             let guard = lock.acquire_async(&Wait::at_most(LIVELY)).await.unwrap();
-                            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two tasks hold the lock");
+                            assert_eq!(
+                                inside.fetch_add(1, Ordering::SeqCst),
+                                0,
+                                "two tasks hold the lock"
+                            );
                             tokio::task::yield_now().await;
                             tokio::time::sleep(Duration::from_micros(100)).await;
-                            assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1, "two tasks hold the lock");
+                            assert_eq!(
+                                inside.fetch_sub(1, Ordering::SeqCst),
+                                1,
+                                "two tasks hold the lock"
+                            );
                             count.fetch_add(1, Ordering::SeqCst);
                             drop(guard);
                         }
@@ -211,7 +237,10 @@ mod cases {
                 let mut acquiring = lock.acquire_async(&wait);
                 expect_pending(&mut acquiring).await;
                 holder.expect("release", "released");
-                let guard: Box<dyn AnyGuard> = timeout(LIVELY, acquiring).await.expect("the task acquires").unwrap();
+                let guard: Box<dyn AnyGuard> = timeout(LIVELY, acquiring)
+                    .await
+                    .expect("the task acquires")
+                    .unwrap();
                 assert_eq!(guard.recovered(), None);
                 assert!(holder.ask("try").starts_with("error Held"));
                 guard.release().unwrap();
@@ -230,8 +259,13 @@ mod cases {
             let mut acquiring = lock.acquire_async(&wait);
             expect_pending(&mut acquiring).await;
             holder.kill();
-            let guard: Box<dyn AnyGuard> = timeout(LIVELY, acquiring).await.expect("the task acquires").unwrap();
-            let answer = guard.recovered().map_or("held".to_owned(), |died| format!("held recovered {died}"));
+            let guard: Box<dyn AnyGuard> = timeout(LIVELY, acquiring)
+                .await
+                .expect("the task acquires")
+                .unwrap();
+            let answer = guard
+                .recovered()
+                .map_or("held".to_owned(), |died| format!("held recovered {died}"));
             assert_eq!(answer, told(kind, holder.pid()));
         });
         spec.clean();
@@ -262,8 +296,9 @@ mod cases {
 }
 pub use cases::*;
 
-/// Waits for the lock in tasks and drops the futures at random moments, alone and together with another future.
-/// Afterwards this process has the same descriptors and threads as before. Answers `dropped`.
+/// Waits for the lock in tasks and drops the futures at random moments, alone and together with
+/// another future. Afterwards this process has the same descriptors and threads as before. Answers
+/// `dropped`.
 pub fn drop_futures_at_random(spec: &Spec, flavor: &str, rounds: u32) {
     let lock: Arc<dyn AnyLock> = spec.open().into();
     let mut random = Random::new(std::process::id().into());
@@ -273,7 +308,11 @@ pub fn drop_futures_at_random(spec: &Spec, flavor: &str, rounds: u32) {
         let waiter = tokio::spawn({
             let lock = lock.clone();
             let pause = Duration::from_micros(random.below(1500));
-            async move { timeout(pause, lock.acquire_async(&Wait::forever())).await.map(|acquired| acquired.map(drop)) }
+            async move {
+                timeout(pause, lock.acquire_async(&Wait::forever()))
+                    .await
+                    .map(|acquired| acquired.map(drop))
+            }
         });
         let wait = Wait::at_most(LIVELY);
         tokio::select! {
@@ -296,28 +335,41 @@ pub fn drop_futures_at_random(spec: &Spec, flavor: &str, rounds: u32) {
         for _ in 0..10 {
             round(&mut random).await;
         }
-        drop(lock.acquire_async(&Wait::at_most(LIVELY)).await.expect("the lock"));
+        drop(
+            lock.acquire_async(&Wait::at_most(LIVELY))
+                .await
+                .expect("the lock"),
+        );
     });
     let before = belongings_after_waits();
     runtime.block_on(async {
         for _ in 0..rounds {
             round(&mut random).await;
         }
-        drop(lock.acquire_async(&Wait::at_most(LIVELY)).await.expect("the lock"));
+        drop(
+            lock.acquire_async(&Wait::at_most(LIVELY))
+                .await
+                .expect("the lock"),
+        );
     });
     assert_eq!(belongings_after_waits(), before);
     println!("dropped");
 }
 
-/// Returns the belongings of this process when no thread waits for a lock any more. A thread that has just begun has no
-/// name of its own yet, and a thread that ends remains visible for a moment. So the result must be stable for a while.
+/// Returns the belongings of this process when no thread waits for a lock any more. A thread that
+/// has just begun has no name of its own yet, and a thread that ends remains visible for a moment.
+/// So the result must be stable for a while.
 fn belongings_after_waits() -> Belongings {
     const STABLE_CHECKS: u32 = 100;
     let own = || Belongings::of(std::process::id());
     let (mut last, mut seen) = (own(), 0);
     until("all waits have ended", || {
         let now = own();
-        seen = if now == last && waiting_threads() == 0 { seen + 1 } else { 0 };
+        seen = if now == last && waiting_threads() == 0 {
+            seen + 1
+        } else {
+            0
+        };
         last = now;
         seen == STABLE_CHECKS
     });
@@ -327,6 +379,10 @@ fn belongings_after_waits() -> Belongings {
 /// Counts the threads that wait for locks on behalf of tasks.
 fn waiting_threads() -> usize {
     // On Linux a thread without a name is just beginning or ending.
-    let waits = |name: &&String| *name == "lockkit-wait" || (cfg!(target_os = "linux") && name.is_empty());
-    crate::thread_names(std::process::id()).iter().filter(waits).count()
+    let waits =
+        |name: &&String| *name == "lockkit-wait" || (cfg!(target_os = "linux") && name.is_empty());
+    crate::thread_names(std::process::id())
+        .iter()
+        .filter(waits)
+        .count()
 }

@@ -1,9 +1,10 @@
-//! Many processes acquire one lock at random while the test kills and stops them. The log of the holders and their
-//! times is checked.
+//! Many processes acquire one lock at random while the test kills and stops them. The log of the
+//! holders and their times is checked.
 //!
-//! Each process appends a record to its own log after an acquisition and before the release, because not every system
-//! supports concurrent appends of several processes. Records have a size that divides a page, so an append is complete
-//! or absent, even after a kill. The times are those of [`SystemClock`], which all processes share.
+//! Each process appends a record to its own log after an acquisition and before the release,
+//! because not every system supports concurrent appends of several processes. Records have a size
+//! that divides a page, so an append is complete or absent, even after a kill. The times are those
+//! of [`SystemClock`], which all processes share.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{File, OpenOptions};
@@ -46,7 +47,13 @@ pub(crate) struct Log(File);
 impl Log {
     pub(crate) fn open(directory: &Path) -> Self {
         let path = directory.join(std::process::id().to_string());
-        Self(OpenOptions::new().create(true).append(true).open(path).expect("a log"))
+        Self(
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .expect("a log"),
+        )
     }
 
     pub(crate) fn append(&mut self, nanos: u64, what: u32, number: u64) {
@@ -66,9 +73,16 @@ pub(crate) fn read(directory: &Path) -> Vec<Event> {
         let bytes = std::fs::read(log.expect("an entry").path()).expect("a log");
         assert_eq!(bytes.len() % RECORD, 0, "the log has whole records only");
         events.extend(bytes.chunks_exact(RECORD).map(|record| {
-            let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| record[at + byte]));
-            let long = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| record[at + byte]));
-            Event { nanos: long(0), number: long(8), pid: word(16), what: word(20) }
+            let word =
+                |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| record[at + byte]));
+            let long =
+                |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| record[at + byte]));
+            Event {
+                nanos: long(0),
+                number: long(8),
+                pid: word(16),
+                what: word(20),
+            }
         }));
     }
     events.sort_by_key(|event| event.nanos);
@@ -106,8 +120,13 @@ pub fn run_chaos_worker(spec: &Spec, logs: &Path, seed: u64) {
         };
         match lock.acquire(&wait) {
             Ok(guard) => {
-                log.append(now(), ACQUIRED, guard.recovered().map_or(NO_DEATH, u64::from));
-                let hold = Instant::now() + Duration::from_micros(random.below(spec.kind().longest_hold()));
+                log.append(
+                    now(),
+                    ACQUIRED,
+                    guard.recovered().map_or(NO_DEATH, u64::from),
+                );
+                let hold = Instant::now()
+                    + Duration::from_micros(random.below(spec.kind().longest_hold()));
                 while Instant::now() < hold {
                     std::hint::spin_loop();
                 }
@@ -118,12 +137,16 @@ pub fn run_chaos_worker(spec: &Spec, logs: &Path, seed: u64) {
                 }
             }
             // A server may not answer within so short a wait.
-            Err(error) => assert!(error.is_temporary() || matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}"),
+            Err(error) => assert!(
+                error.is_temporary() || matches!(error.kind(), ErrorKind::Store { .. }),
+                "{error:?}"
+            ),
         }
     }
 }
 
-/// The time of a death: between the call that killed the process and the moment at which its end was known.
+/// The time of a death: between the call that killed the process and the moment at which its end
+/// was known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Death {
     called: u64,
@@ -141,7 +164,8 @@ pub struct Tally {
     pub died_as_holder: usize,
 }
 
-/// Lets an otherwise idle process use the lock once. Returns its belongings and the files of the lock then.
+/// Lets an otherwise idle process use the lock once. Returns its belongings and the files of the
+/// lock then.
 fn belongings_after_use(observer: &mut Actor, spec: &Spec) -> (Belongings, BTreeSet<String>) {
     if spec.kind().late_request_limit() == 0 {
         observer.expect("try", "held");
@@ -155,14 +179,19 @@ fn belongings_after_use(observer: &mut Actor, spec: &Spec) -> (Belongings, BTree
     #[cfg(target_os = "linux")]
     let files = crate::fault_injection::files(spec, Path::new("/"));
     #[cfg(not(target_os = "linux"))]
-    let files = spec.files().iter().filter(|path| path.exists()).map(|path| path.display().to_string()).collect();
+    let files = spec
+        .files()
+        .iter()
+        .filter(|path| path.exists())
+        .map(|path| path.display().to_string())
+        .collect();
     (Belongings::of(observer.pid()), files)
 }
 
-/// Runs 12 processes on a lock of `kind` for `span`, and kills and stops them at random. Checks that there were never
-/// two holders, and that the lock is free within a second of the last death. Checks that a guard reported a death
-/// exactly when its predecessor died as holder. The numbers of threads, descriptors and files must be the same
-/// afterwards as before.
+/// Runs 12 processes on a lock of `kind` for `span`, and kills and stops them at random. Checks
+/// that there were never two holders, and that the lock is free within a second of the last death.
+/// Checks that a guard reported a death exactly when its predecessor died as holder. The numbers of
+/// threads, descriptors and files must be the same afterwards as before.
 pub fn run(kind: Kind, span: Duration) -> Tally {
     let spec = kind.fresh();
     let mut observer = Actor::start(&spec);
@@ -173,15 +202,33 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     let start = |random: &mut Random| {
         let seed = random.below(u64::MAX).to_string();
         let mut command = Command::new(program("actor"));
-        command.arg(spec.invite()).arg("chaos").arg(directory.path()).arg(seed).stdin(Stdio::null());
+        command
+            .arg(spec.invite())
+            .arg("chaos")
+            .arg(directory.path())
+            .arg(seed)
+            .stdin(Stdio::null());
         crate::wine::spawn(&mut command).expect("a process starts")
     };
     let kill = |child: &mut Child, deaths: &mut HashMap<u32, Death>| {
         let called = now();
         child.kill().expect("a child can be killed");
         let status = child.wait().expect("a child can be waited for");
-        assert!(crate::was_killed(status), "a process failed on its own: {status}");
-        assert_eq!(deaths.insert(child.id(), Death { called, known: now() }), None, "a pid was reused");
+        assert!(
+            crate::was_killed(status),
+            "a process failed on its own: {status}"
+        );
+        assert_eq!(
+            deaths.insert(
+                child.id(),
+                Death {
+                    called,
+                    known: now()
+                }
+            ),
+            None,
+            "a pid was reused"
+        );
     };
 
     let mut processes: Vec<Child> = (0..12).map(|_| start(&mut random)).collect();
@@ -196,16 +243,26 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
         } else {
             std::thread::sleep(Duration::from_micros(random.below(4_000)));
             kill(&mut processes[victim], &mut deaths);
-            // The value keeps a handle on the dead process. Without a handle Windows may reuse its pid.
-            reaped.push(std::mem::replace(&mut processes[victim], start(&mut random)));
+            // The value keeps a handle on the dead process. Without a handle Windows may reuse its
+            // pid.
+            reaped.push(std::mem::replace(
+                &mut processes[victim],
+                start(&mut random),
+            ));
         }
     }
     for process in &mut processes {
         kill(process, &mut deaths);
     }
     let lock = spec.open();
-    let guard = lock.acquire(&Wait::at_most(Duration::from_secs(1))).expect("free within a second of the last death");
-    Log::open(directory.path()).append(now(), ACQUIRED, guard.recovered().map_or(NO_DEATH, u64::from));
+    let guard = lock
+        .acquire(&Wait::at_most(Duration::from_secs(1)))
+        .expect("free within a second of the last death");
+    Log::open(directory.path()).append(
+        now(),
+        ACQUIRED,
+        guard.recovered().map_or(NO_DEATH, u64::from),
+    );
     drop(guard);
     drop(lock);
     assert_eq!(
@@ -232,17 +289,32 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
     let mut held_by: HashMap<u32, usize> = HashMap::new();
     for event in events {
         if event.what == ACQUIRED {
-            assert!(!held_by.contains_key(&event.pid), "{event:?}: the process acquired twice without a release");
+            assert!(
+                !held_by.contains_key(&event.pid),
+                "{event:?}: the process acquired twice without a release"
+            );
             held_by.insert(event.pid, holds.len());
-            let until = deaths.get(&event.pid).map_or(u64::MAX, |death| death.called.max(event.nanos));
-            holds.push(Hold { pid: event.pid, from: event.nanos, until, died: true, recovered: event.number });
+            let until = deaths
+                .get(&event.pid)
+                .map_or(u64::MAX, |death| death.called.max(event.nanos));
+            holds.push(Hold {
+                pid: event.pid,
+                from: event.nanos,
+                until,
+                died: true,
+                recovered: event.number,
+            });
         } else {
-            let at = held_by.remove(&event.pid).expect("a release follows an acquisition");
+            let at = held_by
+                .remove(&event.pid)
+                .expect("a release follows an acquisition");
             (holds[at].until, holds[at].died) = (event.nanos, false);
         }
     }
     for pair in holds.windows(2) {
-        let [before, after] = pair else { unreachable!("windows of two") };
+        let [before, after] = pair else {
+            unreachable!("windows of two")
+        };
         assert!(
             before.until <= after.from,
             "process {} held until {}, but process {} acquired at {}",
@@ -261,11 +333,16 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
                 after.pid, before.pid
             ),
             died => {
-                // The reported process is the predecessor, or a process that was killed before it could log its
-                // acquisition or its release. Or its request took effect after its death.
-                let death = u32::try_from(died).ok().and_then(|died| deaths.get(&died)).copied();
+                // The reported process is the predecessor, or a process that was killed before it
+                // could log its acquisition or its release. Or its request took effect after its
+                // death.
+                let death = u32::try_from(died)
+                    .ok()
+                    .and_then(|died| deaths.get(&died))
+                    .copied();
                 let fits = |death: &Death| {
-                    before.from <= death.known + kind.late_request_limit() && death.called <= after.from
+                    before.from <= death.known + kind.late_request_limit()
+                        && death.called <= after.from
                 };
                 assert!(
                     match died {
@@ -284,6 +361,9 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
     Tally {
         holds: holds.len() - 1,
         kills: deaths.len(),
-        died_as_holder: holds.iter().filter(|hold| hold.died && hold.until != u64::MAX).count(),
+        died_as_holder: holds
+            .iter()
+            .filter(|hold| hold.died && hold.until != u64::MAX)
+            .count(),
     }
 }

@@ -1,7 +1,7 @@
 //! The cases that every kind of lock must pass.
 //!
-//! Each case is a function of the [`Kind`]. [`conformance!`](crate::conformance!) makes a test of each for one kind. A
-//! new kind gets all cases through a [`Fixture`](crate::fixtures::Fixture).
+//! Each case is a function of the [`Kind`]. [`conformance!`](crate::conformance!) makes a test of
+//! each for one kind. A new kind gets all cases through a [`Fixture`](crate::fixtures::Fixture).
 
 use std::io::Write;
 use std::path::Path;
@@ -13,8 +13,8 @@ use lockkit::{CancelToken, Wait};
 use crate::fixtures::AnyGuard;
 use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{
-    Actor, Belongings, Kind, LIVELY, Spec, chaos, crash_points, kill_pid, program, resume, sleeps, stop, thread_id,
-    until,
+    Actor, Belongings, Kind, LIVELY, Spec, chaos, crash_points, kill_pid, program, resume, sleeps,
+    stop, thread_id, until,
 };
 
 /// Makes a module `$module` with a test for every case of the suite, for one kind of lock.
@@ -66,11 +66,13 @@ pub(crate) fn processes_fork() -> bool {
     cfg!(unix)
 }
 
-/// Returns whether descriptors have numbers and a limit that a test can set. Reports a case as left out where they have
-/// not.
+/// Returns whether descriptors have numbers and a limit that a test can set. Reports a case as left
+/// out where they have not.
 fn descriptors_are_numbers() -> bool {
     if !cfg!(target_os = "linux") {
-        crate::left_out("this system has no descriptor 0, and no limit of descriptors that a test can set");
+        crate::left_out(
+            "this system has no descriptor 0, and no limit of descriptors that a test can set",
+        );
     }
     cfg!(target_os = "linux")
 }
@@ -150,7 +152,12 @@ mod cases {
         let token = CancelToken::new();
         token.cancel();
         let lock = spec.open();
-        assert!(lock.acquire(&Wait::none().or_cancelled(&token)).err().unwrap().is_cancelled());
+        assert!(
+            lock.acquire(&Wait::none().or_cancelled(&token))
+                .err()
+                .unwrap()
+                .is_cancelled()
+        );
         lock.acquire(&Wait::none()).unwrap();
         spec.clean();
     }
@@ -228,10 +235,14 @@ mod cases {
         spec.clean();
     }
 
-    /// Waits for a moment and times out. A server may take longer than that to report that the lock is held.
+    /// Waits for a moment and times out. A server may take longer than that to report that the lock
+    /// is held.
     fn time_out(waiter: &mut Actor) {
         let answer = waiter.ask("lock-for 1");
-        assert!(answer.starts_with("error Timeout") || answer.starts_with("error Store"), "{answer}");
+        assert!(
+            answer.starts_with("error Timeout") || answer.starts_with("error Store"),
+            "{answer}"
+        );
     }
 
     pub fn count_under_lock_by_ten_processes_loses_nothing(kind: Kind) {
@@ -244,14 +255,21 @@ mod cases {
         let workers: Vec<_> = (0..10)
             .map(|_| {
                 let mut command = Command::new(program("actor"));
-                command.arg(spec.invite()).arg("stress").arg(&counter).arg(rounds.to_string());
+                command
+                    .arg(spec.invite())
+                    .arg("stress")
+                    .arg(&counter)
+                    .arg(rounds.to_string());
                 crate::wine::spawn(command.stdin(Stdio::null())).unwrap()
             })
             .collect();
         for mut worker in workers {
             assert!(worker.wait().unwrap().success());
         }
-        assert_eq!(std::fs::read_to_string(counter).unwrap(), (10 * rounds).to_string());
+        assert_eq!(
+            std::fs::read_to_string(counter).unwrap(),
+            (10 * rounds).to_string()
+        );
         spec.clean();
     }
 
@@ -328,7 +346,10 @@ mod cases {
         let mut give_up = || {
             time_out(&mut waiter);
             let answer = waiter.ask("lock-cancelled 1");
-            assert!(answer.starts_with("error Cancelled") || answer.starts_with("error Store"), "{answer}");
+            assert!(
+                answer.starts_with("error Cancelled") || answer.starts_with("error Store"),
+                "{answer}"
+            );
             Belongings::of(waiter.pid())
         };
         // The first waits create resources for all later waits. These exist after some waits.
@@ -339,7 +360,9 @@ mod cases {
         for _ in 0..200 {
             give_up();
         }
-        until("the waiter has the same belongings as before", || give_up() == before);
+        until("the waiter has the same belongings as before", || {
+            give_up() == before
+        });
         holder.expect("release", "released");
         waiter.expect("try", "held");
         spec.clean();
@@ -352,7 +375,11 @@ mod cases {
             let starter = scope.spawn(|| {
                 for _ in 0..if is_wine() { 10 } else { 100 } {
                     let mut started = Command::new(if cfg!(windows) { "cmd" } else { "true" });
-                    started.args(if cfg!(windows) { &["/c", "exit"][..] } else { &[] });
+                    started.args(if cfg!(windows) {
+                        &["/c", "exit"][..]
+                    } else {
+                        &[]
+                    });
                     assert!(started.status().unwrap().success());
                 }
             });
@@ -386,7 +413,10 @@ mod cases {
         }
         let spec = kind.fresh();
         let mut command = Command::new(program("actor"));
-        command.arg(spec.invite()).arg("closed-input").stdin(Stdio::null());
+        command
+            .arg(spec.invite())
+            .arg("closed-input")
+            .stdin(Stdio::null());
         assert!(command.status().unwrap().success());
         spec.clean();
     }
@@ -401,7 +431,10 @@ mod cases {
             let program = command.get_program().to_owned();
             let spec = spec.invite();
             *command = Command::new("sh");
-            command.args(["-c", "ulimit -n 64 && exec \"$0\" \"$1\""]).arg(program).arg(spec);
+            command
+                .args(["-c", "ulimit -n 64 && exec \"$0\" \"$1\""])
+                .arg(program)
+                .arg(spec);
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
         });
         limited.expect("use-descriptors", "used");
@@ -412,7 +445,10 @@ mod cases {
                 limited.expect("release", "released");
                 continue;
             }
-            assert!(answer.starts_with("error Io") && answer.contains("(os error 24)"), "{answer}");
+            assert!(
+                answer.starts_with("error Io") && answer.contains("(os error 24)"),
+                "{answer}"
+            );
         }
         let mut other = Actor::start(&spec);
         other.expect("try", "held");
@@ -423,7 +459,10 @@ mod cases {
         if !kind.has_descriptor_while_held() {
             // The heartbeat releases the lock once descriptors are available again.
             let answer = limited.ask("release");
-            assert!(answer.starts_with("error Io") && answer.contains("(os error 24)"), "{answer}");
+            assert!(
+                answer.starts_with("error Io") && answer.contains("(os error 24)"),
+                "{answer}"
+            );
             limited.expect("free-descriptors", "freed");
             other.expect("lock", "held");
             spec.clean();
@@ -439,7 +478,8 @@ mod cases {
     }
 
     pub fn chaos_of_kills_and_stops_keeps_exclusion(kind: Kind) {
-        let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(20, |text| text.parse().expect("whole seconds"));
+        let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS")
+            .map_or(20, |text| text.parse().expect("whole seconds"));
         if kind.name() == "pidfile" && wine_cannot_judge(DELETED) {
             return;
         }
@@ -447,7 +487,8 @@ mod cases {
         println!("{kind:?}: {tally:?}");
         // Under Wine the start of a process takes so long that all counts are lower.
         let minimum = if is_wine() { 10 } else { 100 };
-        let is_enough = tally.holds > minimum && tally.kills > 10 && (tally.died_as_holder > 0 || is_wine());
+        let is_enough =
+            tally.holds > minimum && tally.kills > 10 && (tally.died_as_holder > 0 || is_wine());
         assert!(is_enough, "too few kills: {tally:?}");
     }
 }
@@ -461,24 +502,41 @@ pub(crate) fn told(kind: Kind, died: u32) -> String {
     }
 }
 
-/// Acts as a worker of the counting case: reads a number and writes the next one, which requires exclusion.
+/// Acts as a worker of the counting case: reads a number and writes the next one, which requires
+/// exclusion.
 pub fn count_up(spec: &Spec, counter: &Path, rounds: u32) {
     let lock = spec.open();
     for _ in 0..rounds {
         let _guard = lock.acquire(&Wait::forever()).expect("the lock");
-        let count: u32 = std::fs::read_to_string(counter).expect("a counter").parse().expect("a number");
-        std::fs::File::create(counter).expect("a counter").write_all((count + 1).to_string().as_bytes()).expect("room");
+        let count: u32 = std::fs::read_to_string(counter)
+            .expect("a counter")
+            .parse()
+            .expect("a number");
+        std::fs::File::create(counter)
+            .expect("a counter")
+            .write_all((count + 1).to_string().as_bytes())
+            .expect("room");
     }
 }
 
 #[cfg(target_os = "linux")]
-/// Closes standard input, so that the lock gets descriptor 0, and checks that everything works as usual.
+/// Closes standard input, so that the lock gets descriptor 0, and checks that everything works as
+/// usual.
 pub fn lock_on_descriptor_zero(spec: &Spec) {
     nix::unistd::close(0).expect("standard input was open");
     let lock = spec.open();
     let guard = lock.acquire(&Wait::none()).expect("free");
-    assert_eq!(std::fs::symlink_metadata("/proc/self/fd/0").is_ok(), spec.kind().has_descriptor_while_held());
-    assert!(spec.rival().acquire(&Wait::none()).err().expect("held").is_held());
+    assert_eq!(
+        std::fs::symlink_metadata("/proc/self/fd/0").is_ok(),
+        spec.kind().has_descriptor_while_held()
+    );
+    assert!(
+        spec.rival()
+            .acquire(&Wait::none())
+            .err()
+            .expect("held")
+            .is_held()
+    );
     drop(guard);
     drop(spec.open().acquire(&Wait::none()).expect("free again"));
 }

@@ -1,8 +1,9 @@
-//! Kills a process at every step of acquiring and releasing a lock. Checks that no process is blocked or misled
-//! afterwards.
+//! Kills a process at every step of acquiring and releasing a lock. Checks that no process is
+//! blocked or misled afterwards.
 //!
-//! The steps are failpoints in the library (`lockkit::failpoint`), so the list is what a run really passes. A scenario
-//! runs once to record the steps, and then once more for each step, with a kill there.
+//! The steps are failpoints in the library (`lockkit::failpoint`), so the list is what a run really
+//! passes. A scenario runs once to record the steps, and then once more for each step, with a kill
+//! there.
 
 #[cfg(target_os = "linux")]
 use std::collections::HashMap;
@@ -23,12 +24,15 @@ use crate::{Actor, Kind, Spec};
 ///   [`kill_holder_with_forked_child`] uses it.
 const SCENARIOS: [&str; 3] = ["alone", "waiting", "followed"];
 
-/// Acts as the victim: plays `scenario`, is killed at the given step, and prints the steps that it passed.
+/// Acts as the victim: plays `scenario`, is killed at the given step, and prints the steps that it
+/// passed.
 pub fn run_scenario(spec: &Spec, scenario: &str) {
     let mut lines = crate::commands();
     let mut next = || lines.next().expect("a command");
     let command = next();
-    let (stop, at) = command.strip_prefix("stop ").map_or((false, &*command), |at| (true, at));
+    let (stop, at) = command
+        .strip_prefix("stop ")
+        .map_or((false, &*command), |at| (true, at));
     let at: usize = at.parse().expect("the number of a step");
     let lock = spec.open();
     println!("ready");
@@ -36,11 +40,15 @@ pub fn run_scenario(spec: &Spec, scenario: &str) {
     match stop {
         true => crate::failpoint::stop_at(at),
         #[cfg(unix)]
-        false if scenario == "forked" => crate::failpoint::kill_at_after(at, |passed| match fork_by_thread() {
-            Some(child) => println!("left {child}"),
-            None => println!("killed after {}", passed.join(", ")),
+        false if scenario == "forked" => {
+            crate::failpoint::kill_at_after(at, |passed| match fork_by_thread() {
+                Some(child) => println!("left {child}"),
+                None => println!("killed after {}", passed.join(", ")),
+            })
+        }
+        false => crate::failpoint::kill_at_after(at, |passed| {
+            println!("killed after {}", passed.join(", "))
         }),
-        false => crate::failpoint::kill_at_after(at, |passed| println!("killed after {}", passed.join(", "))),
     }
     crate::helper_process::announce();
     let guard = lock.acquire(&Wait::forever()).expect("the lock");
@@ -53,7 +61,8 @@ pub fn run_scenario(spec: &Spec, scenario: &str) {
     println!("passed {}", passed.join(", "));
 }
 
-/// Lets another thread fork a child that lives on for a while. Returns `None` while forks are held off.
+/// Lets another thread fork a child that lives on for a while. Returns `None` while forks are held
+/// off.
 #[cfg(unix)]
 fn fork_by_thread() -> Option<i32> {
     let (send, receive) = std::sync::mpsc::channel();
@@ -64,7 +73,9 @@ fn fork_by_thread() -> Option<i32> {
             std::process::exit(0);
         }
     });
-    receive.recv_timeout(std::time::Duration::from_millis(200)).ok()
+    receive
+        .recv_timeout(std::time::Duration::from_millis(200))
+        .ok()
 }
 
 /// Kills a process at every step in every scenario.
@@ -76,15 +87,20 @@ pub fn kill_at_every_step(kind: Kind) {
         if scenario == "followed" && kind.name() == "pidfile" && wine_cannot_judge(DELETED) {
             continue;
         }
-        let steps = (1..).find_map(|at| kill_at(kind, scenario, at)).expect("a run that survives");
+        let steps = (1..)
+            .find_map(|at| kill_at(kind, scenario, at))
+            .expect("a run that survives");
         println!("{kind:?} {scenario}: {steps}");
         // The lock is acquired at one step, and released at another.
-        assert!(steps.contains(", "), "the scenario passes fewer than two steps");
+        assert!(
+            steps.contains(", "),
+            "the scenario passes fewer than two steps"
+        );
     }
 }
 
-/// Kills a holder with a waiter at every step, just after another of its threads has forked a child that lives on. The
-/// waiter acquires nevertheless.
+/// Kills a holder with a waiter at every step, just after another of its threads has forked a child
+/// that lives on. The waiter acquires nevertheless.
 #[cfg(target_os = "linux")]
 pub fn kill_holder_with_forked_child(kind: Kind) {
     if !crate::failpoint::are_enabled() {
@@ -110,8 +126,10 @@ pub fn kill_holder_with_forked_child(kind: Kind) {
         waiter.expect("release", "released");
         if let Some(child) = last.strip_prefix("left ") {
             left += 1;
-            let child = rustix::process::Pid::from_raw(child.parse().expect("a pid")).expect("a pid");
-            rustix::process::kill_process(child, rustix::process::Signal::KILL).expect("the child lives");
+            let child =
+                rustix::process::Pid::from_raw(child.parse().expect("a pid")).expect("a pid");
+            rustix::process::kill_process(child, rustix::process::Signal::KILL)
+                .expect("the child lives");
         } else {
             assert!(is_over || last.starts_with("killed after "), "{last}");
         }
@@ -123,9 +141,9 @@ pub fn kill_holder_with_forked_child(kind: Kind) {
     assert!(left > 3, "too few children were forked");
 }
 
-/// Stops a holder at every step of a release to a waiter. The waiter may hold the lock by then, or acquire it when the
-/// holder continues. If the waiter holds it, the waiter can release it, and others acquire it, while the holder stays
-/// stopped.
+/// Stops a holder at every step of a release to a waiter. The waiter may hold the lock by then, or
+/// acquire it when the holder continues. If the waiter holds it, the waiter can release it, and
+/// others acquire it, while the holder stays stopped.
 #[cfg(target_os = "linux")]
 pub fn stop_at_every_step_of_a_release(kind: Kind) {
     if !crate::failpoint::are_enabled() {
@@ -135,11 +153,14 @@ pub fn stop_at_every_step_of_a_release(kind: Kind) {
     for at in 1.. {
         let spec = kind.fresh();
         let [mut waiter, mut third] = [(); 2].map(|()| Actor::start(&spec));
-        let mut victim = Actor::start_with(&spec, |command| _ = command.arg("steps").arg("followed"));
+        let mut victim =
+            Actor::start_with(&spec, |command| _ = command.arg("steps").arg("followed"));
         victim.expect(&format!("stop {at}"), "ready");
         victim.tell("go");
         let answer = crate::until_some("the victim holds, or is stopped", || {
-            victim.answered().or_else(|| crate::is_stopped(victim.pid()).then(|| "stopped".to_owned()))
+            victim
+                .answered()
+                .or_else(|| crate::is_stopped(victim.pid()).then(|| "stopped".to_owned()))
         });
         if answer == "stopped" {
             // A step of the acquisition.
@@ -150,10 +171,13 @@ pub fn stop_at_every_step_of_a_release(kind: Kind) {
         waiter.tell_to_wait("lock");
         victim.tell("go");
         let answer = crate::until_some("the victim has released, or is stopped", || {
-            victim.answered().or_else(|| crate::is_stopped(victim.pid()).then(|| "stopped".to_owned()))
+            victim
+                .answered()
+                .or_else(|| crate::is_stopped(victim.pid()).then(|| "stopped".to_owned()))
         });
         let is_over = answer != "stopped";
-        // Everything that wakes the waiter has happened. So the waiter sleeps on, or is about to acquire.
+        // Everything that wakes the waiter has happened. So the waiter sleeps on, or is about to
+        // acquire.
         let mut held = None;
         crate::until("the waiter sleeps or holds", || {
             held = waiter.answered();
@@ -177,12 +201,20 @@ pub fn stop_at_every_step_of_a_release(kind: Kind) {
             break;
         }
     }
-    assert!(handed_over >= 1, "the waiter never held while the holder was stopped");
+    assert!(
+        handed_over >= 1,
+        "the waiter never held while the holder was stopped"
+    );
 }
 
 /// Returns whether a process that died after these steps has left a record that it held the lock.
 fn is_written(steps: &str) -> bool {
-    const WRITTEN: [&str; 4] = ["holder recorded", "file named", "lock word acquired", "record written"];
+    const WRITTEN: [&str; 4] = [
+        "holder recorded",
+        "file named",
+        "lock word acquired",
+        "record written",
+    ];
     const CLEARED: [&str; 6] = [
         "words of a record written",
         "record cleared",
@@ -191,12 +223,15 @@ fn is_written(steps: &str) -> bool {
         "lock word released",
         "record freed",
     ];
-    let last = steps.rsplit(", ").find(|step| WRITTEN.contains(step) || CLEARED.contains(step));
+    let last = steps
+        .rsplit(", ")
+        .find(|step| WRITTEN.contains(step) || CLEARED.contains(step));
     last.is_some_and(|step| WRITTEN.contains(&step))
 }
 
-/// Plays `scenario` with a kill at step `at`. Checks that the next process acquires the lock, and that its guard
-/// reports the death if the victim held the lock. Returns the steps that the victim passed, if the victim survived.
+/// Plays `scenario` with a kill at step `at`. Checks that the next process acquires the lock, and
+/// that its guard reports the death if the victim held the lock. Returns the steps that the victim
+/// passed, if the victim survived.
 fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
     let spec = kind.fresh();
     let mut other = Actor::start(&spec);
@@ -220,18 +255,27 @@ fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
         last = victim.answer();
     }
     let survived = last.strip_prefix("passed ").map(str::to_owned);
-    let is_reported = last.strip_prefix("killed after ").map(|steps| kind.reports_deaths() && is_written(steps));
+    let is_reported = last
+        .strip_prefix("killed after ")
+        .map(|steps| kind.reports_deaths() && is_written(steps));
     assert!(survived.is_some() || is_reported.is_some(), "{last}");
     victim.kill();
     let answer = match scenario {
         "followed" if other.is_busy() => other.answer(),
-        // Where a file is created in place, an empty file of a dead process counts as held for some seconds.
-        _ => other.ask(if cfg!(target_os = "linux") { "lock-for 5000" } else { "lock-for 20000" }),
+        // Where a file is created in place, an empty file of a dead process counts as held for some
+        // seconds.
+        _ => other.ask(if cfg!(target_os = "linux") {
+            "lock-for 5000"
+        } else {
+            "lock-for 20000"
+        }),
     };
     let is_expected = match is_reported {
         Some(true) => answer == format!("held recovered {}", victim.pid()),
         // Where a record is created in place, an empty record reports a death without the owner.
-        Some(false) if !cfg!(target_os = "linux") => ["held", "held recovered 0"].contains(&answer.as_str()),
+        Some(false) if !cfg!(target_os = "linux") => {
+            ["held", "held recovered 0"].contains(&answer.as_str())
+        }
         _ => answer == "held",
     };
     assert!(is_expected, "{kind:?} {scenario}, {last}: {answer}");
@@ -241,14 +285,15 @@ fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
     survived
 }
 
-/// Returns whether the steps of a process can be observed. Reports a test as left out where they cannot.
+/// Returns whether the steps of a process can be observed. Reports a test as left out where they
+/// cannot.
 #[cfg(target_os = "linux")]
 fn steps_are_observable() -> bool {
     crate::failpoint::are_enabled() && fault_injection::calls_can_fail()
 }
 
-/// Checks that a process that acquires and releases a lock passes a step between every two system calls that change
-/// something visible to other processes.
+/// Checks that a process that acquires and releases a lock passes a step between every two system
+/// calls that change something visible to other processes.
 #[cfg(target_os = "linux")]
 pub fn stand_between_changes(kind: Kind) {
     if !steps_are_observable() {
@@ -261,7 +306,8 @@ pub fn stand_between_changes(kind: Kind) {
     }
 }
 
-/// As [`stand_between_changes`], with a lock that another process may have left behind, in one scenario.
+/// As [`stand_between_changes`], with a lock that another process may have left behind, in one
+/// scenario.
 #[cfg(target_os = "linux")]
 pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
     if !steps_are_observable() {
@@ -291,9 +337,15 @@ pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
     }
     let passed = process.answer();
     check_steps(&format!("{:?} {scenario}", spec.kind()), &strace.end());
-    let passed = passed.strip_prefix("passed ").expect("the scenario completes");
+    let passed = passed
+        .strip_prefix("passed ")
+        .expect("the scenario completes");
     println!("{:?} {scenario}: {passed}", spec.kind());
-    assert!(!passed.is_empty(), "{:?} has no steps in {scenario}", spec.kind());
+    assert!(
+        !passed.is_empty(),
+        "{:?} has no steps in {scenario}",
+        spec.kind()
+    );
 }
 
 /// As [`stand_between_changes`], for the commands that `process`, which is armed already, receives.
@@ -312,15 +364,21 @@ pub fn stand_between_changes_of(process: &mut Actor, commands: &[&str]) {
     }
 }
 
-/// As [`stand_between_changes_of`], for the background work of a process, such as the renewal of a lease.
+/// As [`stand_between_changes_of`], for the background work of a process, such as the renewal of a
+/// lease.
 #[cfg(target_os = "linux")]
 pub fn stand_between_changes_of_the_others(process: &mut Actor) {
     if !steps_are_observable() {
         return;
     }
     let mut strace = Strace::attach(process, &[]);
-    crate::until("it has renewed", || strace.so_far().matches("pwrite64(").count() >= 2);
-    assert!(check_steps("a renewal", &strace.end()) > 0, "no step in a renewal");
+    crate::until("it has renewed", || {
+        strace.so_far().matches("pwrite64(").count() >= 2
+    });
+    assert!(
+        check_steps("a renewal", &strace.end()) > 0,
+        "no step in a renewal"
+    );
 }
 
 /// Checks the strace log of a process with steps. Returns the number of steps.
@@ -356,7 +414,9 @@ fn check_steps(what: &str, log: &str) -> usize {
     let mut changed: HashMap<&str, String> = HashMap::new();
     let mut unfinished: HashMap<&str, String> = HashMap::new();
     for line in log.lines() {
-        let Some((thread, call)) = line.split_once(' ') else { continue };
+        let Some((thread, call)) = line.split_once(' ') else {
+            continue;
+        };
         // A call that another thread's line has split is joined again.
         let whole = match call.split_once(" resumed>") {
             Some((_, end)) => format!("{}{end}", unfinished.remove(thread).unwrap_or_default()),
@@ -366,10 +426,15 @@ fn check_steps(what: &str, log: &str) -> usize {
             unfinished.insert(thread, begin.to_owned());
             continue;
         }
-        let Some((name, rest)) = whole.split_once('(') else { continue };
+        let Some((name, rest)) = whole.split_once('(') else {
+            continue;
+        };
         // A joined call has blanks before the result.
-        let failed = rest.rsplit_once(" = ").is_some_and(|(_, result)| result.starts_with("-1 "));
-        let creates = rest.contains("O_CREAT") || rest.contains("O_TMPFILE") || rest.contains("F_OFD_SETLK");
+        let failed = rest
+            .rsplit_once(" = ")
+            .is_some_and(|(_, result)| result.starts_with("-1 "));
+        let creates =
+            rest.contains("O_CREAT") || rest.contains("O_TMPFILE") || rest.contains("F_OFD_SETLK");
         // A request to a server can take several writes, and changes nothing before it is complete.
         let is_of_request = name == "sendto" && !rest.contains("MSG_DONTWAIT");
         if name == "getppid" {
@@ -377,7 +442,10 @@ fn check_steps(what: &str, log: &str) -> usize {
             changed.remove(thread);
         } else if (CHANGES.contains(&name) || creates) && !failed && !is_of_request {
             let before = changed.insert(thread, whole.clone());
-            assert!(before.is_none(), "{what}: no step between {before:?} and {whole}");
+            assert!(
+                before.is_none(),
+                "{what}: no step between {before:?} and {whole}"
+            );
         }
     }
     steps

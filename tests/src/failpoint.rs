@@ -1,8 +1,8 @@
 //! The failpoints of the library (`lockkit::failpoint`), at which a test kills or stops a process.
 //!
-//! The library has this module only under `--cfg lockkit_failpoints`, which the repository's `.cargo/config.toml` sets.
-//! The variable `RUSTFLAGS` replaces that setting. The functions here then panic, and a test that asks
-//! [`are_enabled`] first is left out.
+//! The library has this module only under `--cfg lockkit_failpoints`, which the repository's
+//! `.cargo/config.toml` sets. The variable `RUSTFLAGS` replaces that setting. The functions here
+//! then panic, and a test that asks [`are_enabled`] first is left out.
 
 #[cfg(lockkit_failpoints)]
 pub use lockkit::failpoint::{BeforeKill, ENABLED, kill_at, kill_at_after, passed, stop_at};
@@ -10,10 +10,13 @@ pub use lockkit::failpoint::{BeforeKill, ENABLED, kill_at, kill_at_after, passed
 #[cfg(not(lockkit_failpoints))]
 pub use absent::{BeforeKill, ENABLED, kill_at, kill_at_after, passed, stop_at};
 
-/// Returns whether a process can be killed at a failpoint. Reports the test as left out if it cannot.
+/// Returns whether a process can be killed at a failpoint. Reports the test as left out if it
+/// cannot.
 pub fn are_enabled() -> bool {
     if !ENABLED {
-        crate::left_out("this build has no failpoints; they need debug assertions and `--cfg lockkit_failpoints`");
+        crate::left_out(
+            "this build has no failpoints; they need debug assertions and `--cfg lockkit_failpoints`",
+        );
     }
     ENABLED
 }

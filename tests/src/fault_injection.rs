@@ -1,10 +1,10 @@
-//! Injects missing resources: room, files, processes, uninterrupted sleep, and every single system call that a lock
-//! makes.
+//! Injects missing resources: room, files, processes, uninterrupted sleep, and every single system
+//! call that a lock makes.
 //!
-//! In every case each request gets an answer: the lock, or an error that names the missing resource. Exclusion holds
-//! throughout. When the resource is back, the same process acquires, and so does another. The other process's guard
-//! reports no death, because no holder died. [`fault_injection!`](crate::fault_injection!) makes a test of each case
-//! for one kind.
+//! In every case each request gets an answer: the lock, or an error that names the missing
+//! resource. Exclusion holds throughout. When the resource is back, the same process acquires, and
+//! so does another. The other process's guard reports no death, because no holder died.
+//! [`fault_injection!`](crate::fault_injection!) makes a test of each case for one kind.
 
 mod acquire;
 mod cases;
@@ -15,8 +15,8 @@ pub use acquire::files;
 pub use cases::*;
 pub use resources::{Others, limit_threads, lock_on_the_standard_descriptors, raise_a_storm};
 pub use system_calls::{
-    Strace, calls_can_fail, fail_each_call_of_a_heartbeat, fail_each_call_of_a_table, fail_each_call_of_a_takeover,
-    fail_flock_on_a_new_file, fail_flock_with_other_holder,
+    Strace, calls_can_fail, fail_each_call_of_a_heartbeat, fail_each_call_of_a_table,
+    fail_each_call_of_a_takeover, fail_flock_on_a_new_file, fail_flock_with_other_holder,
 };
 
 /// Makes a module `$module` with a test for every case, for one kind of lock.

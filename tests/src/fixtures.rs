@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lockkit::{
-    AsyncLock, Backend, FileLock, Guard, Lease, LeaseBuilder, LockManager, ManagedLock, NamedLock, PidFile, PidStatus,
-    Result, Scope, Wait,
+    AsyncLock, Backend, FileLock, Guard, Lease, LeaseBuilder, LockManager, ManagedLock, NamedLock,
+    PidFile, PidStatus, Result, Scope, Wait,
 };
 
 use crate::managers::{self, Table};
@@ -36,7 +36,9 @@ pub trait AnyLock: Send + Sync {
 pub type AcquireFuture<'w> = Pin<Box<dyn Future<Output = Result<Box<dyn AnyGuard>>> + Send + 'w>>;
 
 /// Boxes the future of a lock's own method.
-fn box_acquire<'w, G: Guard + 'static>(future: impl Future<Output = Result<G>> + Send + 'w) -> AcquireFuture<'w> {
+fn box_acquire<'w, G: Guard + 'static>(
+    future: impl Future<Output = Result<G>> + Send + 'w,
+) -> AcquireFuture<'w> {
     Box::pin(async { Ok(Box::new(future.await?) as Box<dyn AnyGuard>) })
 }
 
@@ -95,7 +97,9 @@ impl AnyLock for Managed {
 
     fn owner(&self) -> Option<u32> {
         let held = self.manager.held().expect("held locks can be listed");
-        held.iter().find(|held| held.id() == self.lock.id()).map(|held| held.owner().pid())
+        held.iter()
+            .find(|held| held.id() == self.lock.id())
+            .map(|held| held.owner().pid())
     }
 }
 
@@ -114,10 +118,12 @@ pub trait Fixture: Sync {
         name.to_owned()
     }
 
-    /// Opens the lock at `at` in the invited process `number`. The test's own process has no number.
+    /// Opens the lock at `at` in the invited process `number`. The test's own process has no
+    /// number.
     fn open(&self, at: &str, number: Option<usize>) -> Box<dyn AnyLock>;
 
-    /// Returns the files that the lock leaves on disk or in memory by design. The test removes them.
+    /// Returns the files that the lock leaves on disk or in memory by design. The test removes
+    /// them.
     fn files(&self, at: &str) -> Vec<PathBuf> {
         vec![at.into()]
     }
@@ -132,7 +138,8 @@ pub trait Fixture: Sync {
         true
     }
 
-    /// Returns whether a held lock has a descriptor of its own. Without one, the release needs a descriptor.
+    /// Returns whether a held lock has a descriptor of its own. Without one, the release needs a
+    /// descriptor.
     fn has_descriptor_while_held(&self) -> bool {
         true
     }
@@ -142,12 +149,14 @@ pub trait Fixture: Sync {
         false
     }
 
-    /// Returns the longest hold in the chaos, in microseconds. It is long enough that some processes die as holders.
+    /// Returns the longest hold in the chaos, in microseconds. It is long enough that some
+    /// processes die as holders.
     fn longest_hold(&self) -> u64 {
         300
     }
 
-    /// Returns how long after the death of a process its requests may still take effect, in nanoseconds.
+    /// Returns how long after the death of a process its requests may still take effect, in
+    /// nanoseconds.
     fn late_request_limit(&self) -> u64 {
         0
     }
@@ -167,13 +176,24 @@ impl Fixture for Named {
     }
 
     fn left_out(&self) -> Option<String> {
-        let made = NamedLock::builder("any").scope(self.1).backend(self.2).build();
+        let made = NamedLock::builder("any")
+            .scope(self.1)
+            .backend(self.2)
+            .build();
         made.err().map(|error| error.to_string())
     }
 
     fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
-        let lock = NamedLock::builder(at).scope(self.1).backend(self.2).build().expect("a valid name");
-        let owner = |lock: &NamedLock| lock.owner().expect("the owner can be read").map(|owner| owner.pid());
+        let lock = NamedLock::builder(at)
+            .scope(self.1)
+            .backend(self.2)
+            .build()
+            .expect("a valid name");
+        let owner = |lock: &NamedLock| {
+            lock.owner()
+                .expect("the owner can be read")
+                .map(|owner| owner.pid())
+        };
         Box::new(Any { lock, owner })
     }
 
@@ -185,7 +205,11 @@ impl Fixture for Named {
     #[cfg(target_os = "linux")]
     fn files(&self, at: &str) -> Vec<PathBuf> {
         let user = format!("lockkit-u{}/", rustix::process::geteuid().as_raw());
-        let sharing = if self.1 == Scope::User { &*user } else { "lockkit-machine-" };
+        let sharing = if self.1 == Scope::User {
+            &*user
+        } else {
+            "lockkit-machine-"
+        };
         match self.2 {
             Backend::File => vec![format!("/tmp/{sharing}{at}.lock").into()],
             // The record is in a table.
@@ -198,8 +222,8 @@ impl Fixture for Named {
     }
 }
 
-/// A [`FileLock`]. In shared mode the first process acquires it shared and all others exclusively, so that any two
-/// exclude each other, as everywhere in the suite.
+/// A [`FileLock`]. In shared mode the first process acquires it shared and all others exclusively,
+/// so that any two exclude each other, as everywhere in the suite.
 struct File {
     shared: bool,
 }
@@ -227,14 +251,20 @@ impl Fixture for File {
     }
 
     fn address(&self, name: &str) -> String {
-        std::env::temp_dir().join(format!("{name}.lock")).display().to_string()
+        std::env::temp_dir()
+            .join(format!("{name}.lock"))
+            .display()
+            .to_string()
     }
 
     fn open(&self, at: &str, number: Option<usize>) -> Box<dyn AnyLock> {
         let lock = FileLock::new(at);
         match (self.shared, number) {
             (true, Some(0)) => Box::new(Shared(lock)),
-            _ => Box::new(Any { lock, owner: |_| None }),
+            _ => Box::new(Any {
+                lock,
+                owner: |_| None,
+            }),
         }
     }
 
@@ -252,7 +282,10 @@ impl Fixture for Pid {
     }
 
     fn address(&self, name: &str) -> String {
-        std::env::temp_dir().join(format!("{name}.pid")).display().to_string()
+        std::env::temp_dir()
+            .join(format!("{name}.pid"))
+            .display()
+            .to_string()
     }
 
     fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
@@ -260,7 +293,10 @@ impl Fixture for Pid {
             Ok(PidStatus::Running(owner)) => Some(owner.pid()),
             _ => None,
         };
-        Box::new(Any { lock: PidFile::new(at).expect("an absolute path"), owner })
+        Box::new(Any {
+            lock: PidFile::new(at).expect("an absolute path"),
+            owner,
+        })
     }
 
     /// It may be a daemon that has yet to rewrite the pidfile.
@@ -271,10 +307,11 @@ impl Fixture for Pid {
 
 /// A [`Lease`] on a file.
 ///
-/// Its TTL is longer than any process in the suite is ever stopped. So it behaves like every other lock of the suite:
-/// only a release or the observed death of its owner frees it, and no live holder is taken over. The tests of leases
-/// use the tokens to check holders that are silent for longer. The heartbeat interval is so long that hardly any
-/// heartbeat falls into a scenario of [`crash_points`](crate::crash_points).
+/// Its TTL is longer than any process in the suite is ever stopped. So it behaves like every other
+/// lock of the suite: only a release or the observed death of its owner frees it, and no live
+/// holder is taken over. The tests of leases use the tokens to check holders that are silent for
+/// longer. The heartbeat interval is so long that hardly any heartbeat falls into a scenario of
+/// [`crash_points`](crate::crash_points).
 struct FileLease;
 
 impl Fixture for FileLease {
@@ -283,7 +320,10 @@ impl Fixture for FileLease {
     }
 
     fn address(&self, name: &str) -> String {
-        std::env::temp_dir().join(format!("{name}.lease")).display().to_string()
+        std::env::temp_dir()
+            .join(format!("{name}.lease"))
+            .display()
+            .to_string()
     }
 
     fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
@@ -295,13 +335,13 @@ impl Fixture for FileLease {
     }
 }
 
-/// A [`Lease`] on a server. Its TTL is as long as that of a [`FileLease`], for the same reason. Its descriptor is a
-/// connection.
+/// A [`Lease`] on a server. Its TTL is as long as that of a [`FileLease`], for the same reason. Its
+/// descriptor is a connection.
 #[cfg(target_os = "linux")]
 struct ServerLease {
     name: &'static str,
-    /// Returns the URL of a lease with this name on the process's shared server, which it starts; or the reason why
-    /// there is none.
+    /// Returns the URL of a lease with this name on the process's shared server, which it starts;
+    /// or the reason why there is none.
     url: fn(name: &str) -> std::result::Result<String, &'static str>,
 }
 
@@ -339,8 +379,16 @@ impl Fixture for ServerLease {
 
 fn lease(builder: LeaseBuilder) -> Box<dyn AnyLock> {
     let builder = builder.ttl(crate::LIVELY).heartbeat(crate::LIVELY / 4);
-    let owner = |lease: &Lease| lease.owner().expect("the owner can be read").map(|owner| owner.pid());
-    Box::new(Any { lock: builder.build().expect("valid options"), owner })
+    let owner = |lease: &Lease| {
+        lease
+            .owner()
+            .expect("the owner can be read")
+            .map(|owner| owner.pid())
+    };
+    Box::new(Any {
+        lock: builder.build().expect("valid options"),
+        owner,
+    })
 }
 
 /// The first lock of a table, allocated.
@@ -367,7 +415,10 @@ impl Fixture for TableLock {
     fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
         let manager = Table::at(self.0, at).open();
         // The first process allocates it.
-        let lock = manager.allocate_at(0).or_else(|_| manager.retrieve(0)).expect("a first lock");
+        let lock = manager
+            .allocate_at(0)
+            .or_else(|_| manager.retrieve(0))
+            .expect("a first lock");
         Box::new(Managed { manager, lock })
     }
 
@@ -388,7 +439,8 @@ pub struct Kind(&'static dyn Fixture);
 #[allow(missing_docs)] // The names need no documentation.
 impl Kind {
     pub const NAMED_SOCKET: Self = Self(&Named("named-socket", Scope::User, Backend::Socket));
-    pub const MACHINE_SOCKET: Self = Self(&Named("machine-socket", Scope::Machine, Backend::Socket));
+    pub const MACHINE_SOCKET: Self =
+        Self(&Named("machine-socket", Scope::Machine, Backend::Socket));
     pub const NAMED_MUTEX: Self = Self(&Named("named-mutex", Scope::User, Backend::Mutex));
     pub const MACHINE_MUTEX: Self = Self(&Named("machine-mutex", Scope::Machine, Backend::Mutex));
     pub const NAMED_FILE: Self = Self(&Named("named-file", Scope::User, Backend::File));
@@ -404,11 +456,20 @@ impl Kind {
     pub const PIDFILE: Self = Self(&Pid);
     pub const LEASE: Self = Self(&FileLease);
     #[cfg(target_os = "linux")]
-    pub const ETCD: Self = Self(&ServerLease { name: "etcd", url: server_conformance::etcd::shared_url });
+    pub const ETCD: Self = Self(&ServerLease {
+        name: "etcd",
+        url: server_conformance::etcd::shared_url,
+    });
     #[cfg(target_os = "linux")]
-    pub const POSTGRES: Self = Self(&ServerLease { name: "postgres", url: server_conformance::postgres::shared_url });
+    pub const POSTGRES: Self = Self(&ServerLease {
+        name: "postgres",
+        url: server_conformance::postgres::shared_url,
+    });
     #[cfg(target_os = "linux")]
-    pub const REDIS: Self = Self(&ServerLease { name: "redis", url: server_conformance::redis::shared });
+    pub const REDIS: Self = Self(&ServerLease {
+        name: "redis",
+        url: server_conformance::redis::shared,
+    });
     pub const SHM: Self = Self(&TableLock(managers::Kind::Shm));
     pub const DIRECTORY: Self = Self(&TableLock(managers::Kind::Directory));
     pub const MEMORY: Self = Self(&TableLock(managers::Kind::Memory));
@@ -476,15 +537,31 @@ pub struct Spec {
 impl Spec {
     /// Returns the invitation for the next process: `KIND#NUMBER:WHERE`.
     pub fn invite(&self) -> String {
-        format!("{:?}#{}:{}", self.kind, self.invitations.fetch_add(1, Ordering::Relaxed), self.at)
+        format!(
+            "{:?}#{}:{}",
+            self.kind,
+            self.invitations.fetch_add(1, Ordering::Relaxed),
+            self.at
+        )
     }
 
     /// Parses an invitation, or `KIND:WHERE`.
     pub fn parse(text: &str) -> Self {
         let (kind, at) = text.split_once(':').expect("KIND#NUMBER:WHERE");
-        let (name, number) = kind.split_once('#').map_or((kind, None), |(name, number)| (name, number.parse().ok()));
-        let kind = KINDS.iter().find(|known| known.name() == name).copied().expect("a known kind");
-        Self { kind, at: at.to_owned(), number, invitations: Arc::default() }
+        let (name, number) = kind
+            .split_once('#')
+            .map_or((kind, None), |(name, number)| (name, number.parse().ok()));
+        let kind = KINDS
+            .iter()
+            .find(|known| known.name() == name)
+            .copied()
+            .expect("a known kind");
+        Self {
+            kind,
+            at: at.to_owned(),
+            number,
+            invitations: Arc::default(),
+        }
     }
 
     /// Returns its kind.
@@ -512,7 +589,8 @@ impl Spec {
         self.kind.files(&self.at)
     }
 
-    /// Removes the files that the lock left. The caller calls it when no process uses the lock any more.
+    /// Removes the files that the lock left. The caller calls it when no process uses the lock any
+    /// more.
     pub fn clean(&self) {
         for file in self.files() {
             let _ = std::fs::remove_file(file);

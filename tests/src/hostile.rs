@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::cmsg_space;
 use rustix::io::Errno;
 use rustix::net::{
-    self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix,
-    SocketFlags, SocketType,
+    self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
+    SocketAddrUnix, SocketFlags, SocketType,
 };
 
 fn socket() -> OwnedFd {
@@ -26,12 +26,17 @@ fn bound(kind: SocketType, name: &str) -> OwnedFd {
     socket
 }
 
-/// Sockets that listen at names of their own, each with a queue of so many connections, and these connections.
+/// Sockets that listen at names of their own, each with a queue of so many connections, and these
+/// connections.
 pub fn full_queues(connections: usize) -> Vec<OwnedFd> {
     const SOCKETS: usize = 2;
     let maximum = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
-    let limit = rustix::process::Rlimit { current: maximum, maximum };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).expect("as many descriptors as allowed");
+    let limit = rustix::process::Rlimit {
+        current: maximum,
+        maximum,
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit)
+        .expect("as many descriptors as allowed");
     let mut sockets = Vec::new();
     for number in 0..SOCKETS {
         let name = format!("lockkit-test-queue-{}-{number}", std::process::id());
@@ -47,8 +52,8 @@ pub fn full_queues(connections: usize) -> Vec<OwnedFd> {
     sockets
 }
 
-/// Holds the abstract `name` as a lock does, and hands it over to the first waiter. Then keeps a copy of the socket, on
-/// which calls block however often the receiver sets it to non-blocking.
+/// Holds the abstract `name` as a lock does, and hands it over to the first waiter. Then keeps a
+/// copy of the socket, on which calls block however often the receiver sets it to non-blocking.
 pub fn hand_over(name: &str) {
     let socket = bound(SocketType::SEQPACKET, name);
     println!("holds");
@@ -60,7 +65,8 @@ pub fn hand_over(name: &str) {
     }
 }
 
-/// Holds the abstract `name`, and repeatedly hands over a socket of another type with the same name.
+/// Holds the abstract `name`, and repeatedly hands over a socket of another type with the same
+/// name.
 pub fn hand_over_another_type(name: &str) {
     let socket = bound(SocketType::SEQPACKET, name);
     let stream = bound(SocketType::STREAM, name);
@@ -80,7 +86,12 @@ fn send(waiter: &OwnedFd, socket: &OwnedFd) {
     let descriptors = [socket.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&descriptors));
     // A process that only queries the lock is gone by then.
-    let _ = net::sendmsg(waiter, &[IoSlice::new(b"L")], &mut control, SendFlags::NOSIGNAL);
+    let _ = net::sendmsg(
+        waiter,
+        &[IoSlice::new(b"L")],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    );
     let _ = net::shutdown(waiter, Shutdown::Write);
 }
 

@@ -35,7 +35,8 @@ use crate::helper_process::Actor;
 /// The variable that instances send.
 pub const VARIABLE: &str = "LOCKKIT_TEST_VARIABLE";
 
-/// Formats an activation as one line: uid, pid (or 0), the arguments after `actor instance NAME`, the number of bytes.
+/// Formats an activation as one line: uid, pid (or 0), the arguments after `actor instance NAME`,
+/// the number of bytes.
 pub fn summary(activation: &Activation) -> String {
     let arguments = activation.arguments().get(3..).unwrap_or_default();
     let (uid, pid) = (activation.uid(), activation.pid().unwrap_or_default());
@@ -52,15 +53,24 @@ pub fn serve(name: &OsStr) {
     };
     for line in std::io::stdin().lines().map_while(Result::ok) {
         let (command, argument) = line.split_once(' ').unwrap_or((&line, ""));
-        let answer = session.use_instance(command, argument).or_else(|| session.use_activation(command, argument));
+        let answer = session
+            .use_instance(command, argument)
+            .or_else(|| session.use_activation(command, argument));
         let answer = answer.or_else(|| session.use_process(command, argument));
-        println!("{}", answer.unwrap_or_else(|| format!("error unknown command {line:?}")));
+        println!(
+            "{}",
+            answer.unwrap_or_else(|| format!("error unknown command {line:?}"))
+        );
     }
 }
 
 /// Parses the first word.
 fn number(argument: &str) -> u64 {
-    argument.split(' ').next().and_then(|number| number.parse().ok()).expect("a number")
+    argument
+        .split(' ')
+        .next()
+        .and_then(|number| number.parse().ok())
+        .expect("a number")
 }
 
 /// What the commands so far have left.
@@ -84,10 +94,22 @@ impl Session {
     fn use_instance(&mut self, command: &str, argument: &str) -> Option<String> {
         Some(match command {
             "enter" => self.enter(),
-            "activate" => activate(self.second.take().expect("a second"), number(argument), &mut self.first),
+            "activate" => activate(
+                self.second.take().expect("a second"),
+                number(argument),
+                &mut self.first,
+            ),
             "activate-with" => {
-                let bytes: usize = argument.split(' ').nth(1).and_then(|bytes| bytes.parse().ok()).expect("bytes");
-                let second = self.second.take().expect("a second").bytes(vec![b'x'; bytes]);
+                let bytes: usize = argument
+                    .split(' ')
+                    .nth(1)
+                    .and_then(|bytes| bytes.parse().ok())
+                    .expect("bytes");
+                let second = self
+                    .second
+                    .take()
+                    .expect("a second")
+                    .bytes(vec![b'x'; bytes]);
                 activate(second, number(argument), &mut self.first)
             }
             "start" => {
@@ -101,11 +123,15 @@ impl Session {
                 answer
             }
             "serve" => {
-                self.first().on_activation(answer_with_summary).expect("a thread");
+                self.first()
+                    .on_activation(answer_with_summary)
+                    .expect("a thread");
                 "serving".to_owned()
             }
             "panic" => {
-                self.first().on_activation(|_| panic!("on purpose")).expect("a thread");
+                self.first()
+                    .on_activation(|_| panic!("on purpose"))
+                    .expect("a thread");
                 "serving".to_owned()
             }
             "release" => match self.first.take().map(FirstInstance::release) {
@@ -134,7 +160,9 @@ impl Session {
             }
             "answer" => {
                 let activation = self.received.pop_front().expect("an activation");
-                activation.answer(argument.as_bytes()).map_or_else(|error| describe(&error), |()| "done".to_owned())
+                activation
+                    .answer(argument.as_bytes())
+                    .map_or_else(|error| describe(&error), |()| "done".to_owned())
             }
             "drop" => {
                 drop(self.received.pop_front());
@@ -149,7 +177,11 @@ impl Session {
         Some(match command {
             "fork" => self.fork(),
             "spawn" => {
-                let child = Command::new("sleep").arg("60").stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+                let child = Command::new("sleep")
+                    .arg("60")
+                    .stdin(Stdio::null())
+                    .stdout(Stdio::null())
+                    .spawn();
                 format!("spawned {}", child.expect("a program").id())
             }
             "kill-at" => {
@@ -161,13 +193,18 @@ impl Session {
         })
     }
 
-    /// Forks a child that drops its copy of everything and sleeps. Returns once the child has done so.
+    /// Forks a child that drops its copy of everything and sleeps. Returns once the child has done
+    /// so.
     fn fork(&mut self) -> String {
         let (mut ready, child) = std::io::pipe().expect("a pipe");
         match fork::fork().expect("a child") {
             fork::Fork::Child => {
                 drop(ready);
-                assert!(self.first().next_activation(&Wait::forever()).is_ok_and(|none| none.is_none()));
+                assert!(
+                    self.first()
+                        .next_activation(&Wait::forever())
+                        .is_ok_and(|none| none.is_none())
+                );
                 self.received.clear();
                 drop(self.first.take());
                 drop(child);
@@ -189,10 +226,17 @@ fn answer_with_summary(activation: Activation) {
     let _ = activation.answer(answer.as_bytes());
 }
 
-fn enter(name: &str, first: &mut Option<FirstInstance>, second: &mut Option<SecondInstance>) -> String {
+fn enter(
+    name: &str,
+    first: &mut Option<FirstInstance>,
+    second: &mut Option<SecondInstance>,
+) -> String {
     match Instance::enter(name) {
         Ok(Instance::First(entered)) => {
-            let answer = match entered.recovered().map(|died| died.owner().map_or(0, |owner| owner.pid())) {
+            let answer = match entered
+                .recovered()
+                .map(|died| died.owner().map_or(0, |owner| owner.pid()))
+            {
                 Some(pid) => format!("first recovered {pid}"),
                 None => "first".to_owned(),
             };
@@ -200,7 +244,10 @@ fn enter(name: &str, first: &mut Option<FirstInstance>, second: &mut Option<Seco
             answer
         }
         Ok(Instance::Second(entered)) => {
-            let answer = format!("second of {}", entered.owner().map_or(0, |owner| owner.pid()));
+            let answer = format!(
+                "second of {}",
+                entered.owner().map_or(0, |owner| owner.pid())
+            );
             *second = Some(entered.variables([VARIABLE]));
             answer
         }
@@ -244,7 +291,8 @@ pub fn empty_request() -> Vec<u8> {
     frame(1, 1, 16, &[0; 16])
 }
 
-/// As another user: sends a request to the first instance of the user `uid`, and reports the result.
+/// As another user: sends a request to the first instance of the user `uid`, and reports the
+/// result.
 pub fn send_as_other_user(place: &str) {
     let (uid, name) = place.split_once('/').expect("UID/NAME");
     let mut connection = call(uid.parse().expect("a uid"), name);
@@ -255,10 +303,12 @@ pub fn send_as_other_user(place: &str) {
     println!("was given {} bytes", answer.len());
 }
 
-/// As another user: listens in place of the first instance of the user `uid`, and reports the received request.
+/// As another user: listens in place of the first instance of the user `uid`, and reports the
+/// received request.
 pub fn listen_as_other_user(place: &str) {
     let (uid, name) = place.split_once('/').expect("UID/NAME");
-    let listener = UnixListener::bind_addr(&address(uid.parse().expect("a uid"), name)).expect("a free address");
+    let listener = UnixListener::bind_addr(&address(uid.parse().expect("a uid"), name))
+        .expect("a free address");
     println!("listening");
     for connection in listener.incoming() {
         let mut told = Vec::new();
@@ -281,7 +331,11 @@ impl Actor {
     /// As [`start_instance`](Self::start_instance), with its command changed by `change`.
     pub fn start_instance_with(name: &str, change: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(crate::program("actor"));
-        command.arg("instance").arg(name).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .arg("instance")
+            .arg(name)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         change(&mut command);
         Self::run(command)
     }

@@ -1,9 +1,9 @@
-//! A process of a real-time class with two threads on one processor. If the higher thread waits for the lower one, it
-//! must leave the processor to the lower one.
+//! A process of a real-time class with two threads on one processor. If the higher thread waits for
+//! the lower one, it must leave the processor to the lower one.
 //!
-//! Its two parts differ in the action of the higher thread: `fork` while the lower one acquires and releases a lock, or
-//! `lock` while the lower one forks. The higher thread prints its id, and continues on a command, after which it has
-//! its class.
+//! Its two parts differ in the action of the higher thread: `fork` while the lower one acquires and
+//! releases a lock, or `lock` while the lower one forks. The higher thread prints its id, and
+//! continues on a command, after which it has its class.
 
 use std::io::BufRead;
 use std::process::{Child, Command, Stdio};
@@ -16,7 +16,8 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use crate::{LIVELY, program, thread_id};
 
-/// How often the higher thread does its part, each time from a sleep, so that it interrupts the lower one anywhere.
+/// How often the higher thread does its part, each time from a sleep, so that it interrupts the
+/// lower one anywhere.
 const ROUNDS: usize = 200;
 
 /// Acts as the process: answers with the longest time that its part took, in milliseconds.
@@ -78,9 +79,14 @@ pub struct RealTime {
 }
 
 impl RealTime {
-    /// Starts the process. Returns `None`, and reports the reason, where this machine does not allow it.
+    /// Starts the process. Returns `None`, and reports the reason, where this machine does not
+    /// allow it.
     pub fn start(part: &str, name: &str) -> Option<Self> {
-        if !Command::new("chrt").args(["-f", "1", "true"]).status().is_ok_and(|status| status.success()) {
+        if !Command::new("chrt")
+            .args(["-f", "1", "true"])
+            .status()
+            .is_ok_and(|status| status.success())
+        {
             crate::left_out("this process may not have a real-time class");
             return None;
         }
@@ -88,21 +94,44 @@ impl RealTime {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let allowed = rustix::thread::sched_getaffinity(None).expect("a mask");
-        let processor = (0..1024).find(|number| allowed.is_set(*number)).expect("a processor").to_string();
+        let processor = (0..1024)
+            .find(|number| allowed.is_set(*number))
+            .expect("a processor")
+            .to_string();
         // If it spins nevertheless, this limit ends it soon.
         let mut command = Command::new("prlimit");
-        command.args(["--rttime=20000000", "taskset", "-c", &processor, "chrt", "-f", "1"]);
+        command.args([
+            "--rttime=20000000",
+            "taskset",
+            "-c",
+            &processor,
+            "chrt",
+            "-f",
+            "1",
+        ]);
         command.arg(program("actor")).args(["realtime", part, name]);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("util-linux");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("util-linux");
         let lines = std::io::BufReader::new(child.stdout.take().expect("a pipe")).lines();
-        let mut this = Self { _alone: alone, child, lines };
+        let mut this = Self {
+            _alone: alone,
+            child,
+            lines,
+        };
         let higher = this.line();
-        let raised = Command::new("chrt").args(["-f", "-p", "2", &higher]).status();
+        let raised = Command::new("chrt")
+            .args(["-f", "-p", "2", &higher])
+            .status();
         assert!(raised.is_ok_and(|status| status.success()));
         this.tell();
         // A thread inherits the priority of its creator.
         let lower = this.line();
-        let lowered = Command::new("chrt").args(["-f", "-p", "1", &lower]).status();
+        let lowered = Command::new("chrt")
+            .args(["-f", "-p", "1", &lower])
+            .status();
         assert!(lowered.is_ok_and(|status| status.success()));
         this.tell();
         Some(this)
@@ -119,7 +148,12 @@ impl RealTime {
 
     fn tell(&mut self) {
         use std::io::Write;
-        self.child.stdin.as_mut().expect("a pipe").write_all(b"\n").expect("it lives");
+        self.child
+            .stdin
+            .as_mut()
+            .expect("a pipe")
+            .write_all(b"\n")
+            .expect("it lives");
     }
 }
 

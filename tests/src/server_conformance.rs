@@ -1,11 +1,13 @@
-//! Drills for leases on servers: faults of the server, the connection and the holder, with real ones of each.
+//! Drills for leases on servers: faults of the server, the connection and the holder, with real
+//! ones of each.
 //!
-//! An engine gets its drills by an [`Engine`], which starts its servers, and a line `drills!(module, Type);` in a file
-//! of `tests/tests`. Each drill starts a server of its own from the installed software. Where none is installed, the
-//! drill prints `left out:`, its name and the reason, and passes.
+//! An engine gets its drills by an [`Engine`], which starts its servers, and a line
+//! `drills!(module, Type);` in a file of `tests/tests`. Each drill starts a server of its own from
+//! the installed software. Where none is installed, the drill prints `left out:`, its name and the
+//! reason, and passes.
 //!
-//! A [`Proxy`] between the client and the server causes the faults of a connection. It counts the bytes that it
-//! forwards, and cuts connections at any chosen byte.
+//! A [`Proxy`] between the client and the server causes the faults of a connection. It counts the
+//! bytes that it forwards, and cuts connections at any chosen byte.
 
 mod certificates;
 mod clock;

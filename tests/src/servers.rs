@@ -1,13 +1,13 @@
-//! Real servers for tests: started from the installed software, on a free loopback port, in a temporary directory. They
-//! end with the test, whatever its result.
+//! Real servers for tests: started from the installed software, on a free loopback port, in a
+//! temporary directory. They end with the test, whatever its result.
 //!
-//! Each server runs in a process group of its own under a *warden* (a program of this package). The warden's standard
-//! input is a pipe whose other end only the test's process has. The pipe closes when the test is done with the server,
-//! or when its process ends for any reason. Then the warden kills the group, and in the second case removes the
-//! directory.
+//! Each server runs in a process group of its own under a *warden* (a program of this package). The
+//! warden's standard input is a pipe whose other end only the test's process has. The pipe closes
+//! when the test is done with the server, or when its process ends for any reason. Then the warden
+//! kills the group, and in the second case removes the directory.
 //!
-//! The tests of a process share a server in a `static` [`Shared`]. A drill that kills or freezes its server starts one
-//! of its own.
+//! The tests of a process share a server in a `static` [`Shared`]. A drill that kills or freezes
+//! its server starts one of its own.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -18,13 +18,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
 use rustix::process::{
-    Pid, Signal, WaitOptions, getpid, kill_process, kill_process_group, set_child_subreaper, waitpid,
+    Pid, Signal, WaitOptions, getpid, kill_process, kill_process_group, set_child_subreaper,
+    waitpid,
 };
 
 use crate::{program, until, wait_until_stopped};
 
-/// A running program under a warden. Dropping it kills the program. The directory is removed when the last
-/// [`ServerDir`] is dropped.
+/// A running program under a warden. Dropping it kills the program. The directory is removed when
+/// the last [`ServerDir`] is dropped.
 pub struct Server {
     warden: Child,
     group: Pid,
@@ -37,29 +38,44 @@ impl Server {
     /// The program's standard error, if it ended instead.
     pub fn start(directory: &ServerDir, command: &Command, port: u16) -> Result<Self, String> {
         let mut warden = Command::new(program("warden"));
-        warden.arg(&directory.0).arg(command.get_program()).args(command.get_args());
+        warden
+            .arg(&directory.0)
+            .arg(command.get_program())
+            .args(command.get_args());
         for (key, value) in command.get_envs() {
             match value {
                 Some(value) => warden.env(key, value),
                 None => warden.env_remove(key),
             };
         }
-        let mut warden =
-            warden.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("warden");
+        let mut warden = warden
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("warden");
         let mut line = String::new();
         BufReader::new(warden.stdout.as_mut().expect("a pipe"))
             .read_line(&mut line)
             .expect("the warden says who it is");
-        let group = line.trim().parse().ok().and_then(Pid::from_raw).expect("a process");
+        let group = line
+            .trim()
+            .parse()
+            .ok()
+            .and_then(Pid::from_raw)
+            .expect("a process");
         let mut server = Self { warden, group };
-        until("the server listens", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() || server.has_ended());
+        until("the server listens", || {
+            TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() || server.has_ended()
+        });
         match server.has_ended() {
             true => Err(std::fs::read_to_string(directory.log()).unwrap_or_default()),
             false => Ok(server),
         }
     }
 
-    /// Sends a signal to all its processes. A server that gets `STOP` runs no code any more when this returns.
+    /// Sends a signal to all its processes. A server that gets `STOP` runs no code any more when
+    /// this returns.
     pub fn signal(&self, signal: Signal) {
         kill_process_group(self.group, signal).expect("the server runs");
         if signal == Signal::STOP {
@@ -74,8 +90,8 @@ impl Server {
     }
 
     fn end(&mut self) {
-        // The message says that the test's process still exists and cleans up itself. It must precede the wait, which
-        // closes the pipe.
+        // The message says that the test's process still exists and cleans up itself. It must
+        // precede the wait, which closes the pipe.
         if let Some(mut farewell) = self.warden.stdin.take() {
             let _ = farewell.write_all(b"bye");
         }
@@ -93,8 +109,9 @@ impl Drop for Server {
     }
 }
 
-/// A directory of a server, below the temporary directory, which every user may enter, because some servers run as a
-/// user of their own. Its wardens remove it if the test's process ends before the drop.
+/// A directory of a server, below the temporary directory, which every user may enter, because some
+/// servers run as a user of their own. Its wardens remove it if the test's process ends before the
+/// drop.
 pub struct ServerDir(PathBuf);
 
 impl ServerDir {
@@ -103,13 +120,15 @@ impl ServerDir {
         Self::within(&std::env::temp_dir(), name)
     }
 
-    /// Creates a directory in memory, if there is plenty of it, for a server that writes each change to disk before it
-    /// answers.
+    /// Creates a directory in memory, if there is plenty of it, for a server that writes each
+    /// change to disk before it answers.
     pub fn in_memory(name: &str) -> Self {
         const PLENTY: u64 = 1 << 30;
         const MEMORY: &str = "/dev/shm";
         match rustix::fs::statvfs(MEMORY) {
-            Ok(memory) if memory.f_bavail * memory.f_frsize >= PLENTY => Self::within(MEMORY.as_ref(), name),
+            Ok(memory) if memory.f_bavail * memory.f_frsize >= PLENTY => {
+                Self::within(MEMORY.as_ref(), name)
+            }
             _ => Self::new(name),
         }
     }
@@ -155,18 +174,27 @@ impl<S> Shared<S> {
     }
 }
 
-/// Returns the first of these programs that is installed; each is a name to be looked up, or an absolute path.
+/// Returns the first of these programs that is installed; each is a name to be looked up, or an
+/// absolute path.
 ///
 /// # Errors
 /// A sentence that names them.
 pub fn installed(programs: &[&str]) -> Result<PathBuf, String> {
-    let directories: Vec<_> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
-    let found = programs.iter().flat_map(|name| directories.iter().map(move |directory| directory.join(name)));
-    found.into_iter().find(|path| path.is_file()).ok_or_else(|| format!("{} is not installed", programs.join(" or ")))
+    let directories: Vec<_> =
+        std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    let found = programs.iter().flat_map(|name| {
+        directories
+            .iter()
+            .map(move |directory| directory.join(name))
+    });
+    found
+        .into_iter()
+        .find(|path| path.is_file())
+        .ok_or_else(|| format!("{} is not installed", programs.join(" or ")))
 }
 
-/// Returns a loopback port without a listener. If another process listens there before the server does, the server
-/// fails to start.
+/// Returns a loopback port without a listener. If another process listens there before the server
+/// does, the server fails to start.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
     listener.local_addr().expect("an address").port()
@@ -187,32 +215,48 @@ pub fn children_of(parent: u32) -> Vec<u32> {
     .collect()
 }
 
-/// Removes the System V memory that a process has made. It outlives the kill of a PostgreSQL server.
+/// Removes the System V memory that a process has made. It outlives the kill of a PostgreSQL
+/// server.
 fn remove_shared_memory_of(maker: Pid) {
     let all = std::fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
     // key, id, permissions, size, maker, last user, attached
-    let columns = all.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let made = columns.filter(|columns| columns.get(4) == Some(&&*maker.as_raw_nonzero().to_string()));
+    let columns = all
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let made =
+        columns.filter(|columns| columns.get(4) == Some(&&*maker.as_raw_nonzero().to_string()));
     for columns in made.filter(|columns| columns.get(6) == Some(&"0")) {
-        let _ = Command::new("ipcrm").args(["-m", columns[1]]).stderr(Stdio::null()).status();
+        let _ = Command::new("ipcrm")
+            .args(["-m", columns[1]])
+            .stderr(Stdio::null())
+            .status();
     }
 }
 
-/// Acts as the warden: starts the program in a group of its own, prints its number, and ensures its end.
+/// Acts as the warden: starts the program in a group of its own, prints its number, and ensures its
+/// end.
 pub fn watch_over(directory: &Path, mut program: impl Iterator<Item = OsString>) {
     // The server's orphans become children of the warden, even from a group of their own.
     set_child_subreaper(Some(getpid())).expect("it is allowed");
     let log = std::fs::File::create(directory.join("log")).expect("a log");
     let mut command = Command::new(program.next().expect("a program"));
-    command.args(program).stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
-    let mut server = command.process_group(0).spawn().expect("the program starts");
+    command
+        .args(program)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a descriptor"))
+        .stderr(log);
+    let mut server = command
+        .process_group(0)
+        .spawn()
+        .expect("the program starts");
     let group = Pid::from_child(&server);
     println!("{}", group.as_raw_nonzero());
     let (send, is_silent) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let mut said = Vec::new();
         let _ = std::io::stdin().read_to_end(&mut said);
-        // The message precedes the kill, because the waiting thread reads it as soon as the server is gone.
+        // The message precedes the kill, because the waiting thread reads it as soon as the server
+        // is gone.
         let _ = send.send(said.is_empty());
         let _ = kill_process_group(group, Signal::KILL);
     });
@@ -220,7 +264,10 @@ pub fn watch_over(directory: &Path, mut program: impl Iterator<Item = OsString>)
     // The server's children are killed with it, and so are all further descendants.
     let _ = kill_process_group(group, Signal::KILL);
     while let children @ [_, ..] = &*children_of(std::process::id()) {
-        for child in children.iter().filter_map(|child| Pid::from_raw(child.cast_signed())) {
+        for child in children
+            .iter()
+            .filter_map(|child| Pid::from_raw(child.cast_signed()))
+        {
             let _ = kill_process(child, Signal::KILL);
             let _ = waitpid(Some(child), WaitOptions::empty());
         }

@@ -12,12 +12,16 @@ use crate::{left_out, succeeds, until};
 pub struct SmallDisk(TempDir);
 
 impl SmallDisk {
-    /// Mounts the file system with these options of mount(8). Returns `None`, and reports the reason, where this machine
-    /// does not allow it.
+    /// Mounts the file system with these options of mount(8). Returns `None`, and reports the
+    /// reason, where this machine does not allow it.
     pub fn mount(options: &str) -> Option<Self> {
         let directory = tempfile::tempdir().expect("a directory");
         let mut mount = Command::new("mount");
-        if succeeds(mount.args(["-t", "tmpfs", "-o", options, "lockkit-test"]).arg(directory.path())) {
+        if succeeds(
+            mount
+                .args(["-t", "tmpfs", "-o", options, "lockkit-test"])
+                .arg(directory.path()),
+        ) {
             return Some(Self(directory));
         }
         left_out("this machine does not let the test mount a small file system");
@@ -35,7 +39,8 @@ impl SmallDisk {
 
     /// Fills the file system completely.
     pub fn fill(&self) {
-        let error = fs::write(self.filler(), vec![0; 1 << 20]).expect_err("the file system is small");
+        let error =
+            fs::write(self.filler(), vec![0; 1 << 20]).expect_err("the file system is small");
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
     }
 
@@ -44,10 +49,14 @@ impl SmallDisk {
         fs::remove_file(self.filler()).expect("the file system is full");
     }
 
-    /// Remounts the file system read-only (`ro`) or writable (`rw`). No process may be writing at that moment.
+    /// Remounts the file system read-only (`ro`) or writable (`rw`). No process may be writing at
+    /// that moment.
     pub fn remount(&self, option: &str) {
         let mut mount = Command::new("mount");
-        mount.arg("-o").arg(format!("remount,{option}")).arg(self.path());
+        mount
+            .arg("-o")
+            .arg(format!("remount,{option}"))
+            .arg(self.path());
         until("the file system is remounted", || succeeds(&mut mount));
     }
 }

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::{kill_pid, left_out, until};
 
-/// Returns a user that exists in no other test, for tests that need another user. Returns `None`, and reports the
-/// reason, where this process may not act as others. Dropping it removes the files that lockkit made for that user.
+/// Returns a user that exists in no other test, for tests that need another user. Returns `None`,
+/// and reports the reason, where this process may not act as others. Dropping it removes the files
+/// that lockkit made for that user.
 pub fn another_user() -> Option<AnotherUser> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     if !rustix::process::geteuid().is_root() {
@@ -26,8 +27,8 @@ pub struct AnotherUser {
 }
 
 impl AnotherUser {
-    /// Returns the directories that lockkit uses for this user: that of the file backend, and that of the records in
-    /// memory.
+    /// Returns the directories that lockkit uses for this user: that of the file backend, and that
+    /// of the records in memory.
     pub fn directories(&self) -> [PathBuf; 2] {
         ["/tmp", "/dev/shm"].map(|base| PathBuf::from(format!("{base}/lockkit-u{}", self.uid)))
     }
@@ -36,10 +37,17 @@ impl AnotherUser {
 impl Drop for AnotherUser {
     fn drop(&mut self) {
         // An actor that lived on could create them again.
-        let is_its_own = |entry: &std::fs::DirEntry| entry.metadata().is_ok_and(|found| found.uid() == self.uid);
+        let is_its_own =
+            |entry: &std::fs::DirEntry| entry.metadata().is_ok_and(|found| found.uid() == self.uid);
         let pids = || {
-            let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter(is_its_own);
-            entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).collect::<Vec<_>>()
+            let entries = std::fs::read_dir("/proc")
+                .into_iter()
+                .flatten()
+                .flatten()
+                .filter(is_its_own);
+            entries
+                .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+                .collect::<Vec<_>>()
         };
         let is_dead = |pid: &u32| {
             let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -47,9 +55,12 @@ impl Drop for AnotherUser {
         };
         let pids = pids();
         pids.iter().for_each(|pid| kill_pid(*pid));
-        until("the processes of the user have ended", || pids.iter().all(is_dead));
+        until("the processes of the user have ended", || {
+            pids.iter().all(is_dead)
+        });
         for directory in self.directories() {
-            let _ = std::fs::remove_dir_all(&directory).or_else(|_| std::fs::remove_file(&directory));
+            let _ =
+                std::fs::remove_dir_all(&directory).or_else(|_| std::fs::remove_file(&directory));
         }
     }
 }

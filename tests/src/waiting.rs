@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// The time limit for anything that must happen: far more than it needs, because machines can be slow.
+/// The time limit for anything that must happen: far more than it needs, because machines can be
+/// slow.
 pub const LIVELY: Duration = Duration::from_secs(30);
 
 /// Waits until `fact` holds. Panics with `what` if it does not hold within [`LIVELY`].
@@ -28,6 +29,11 @@ pub fn until_some<T>(what: &str, mut fact: impl FnMut() -> Option<T>) -> T {
 /// Returns a name that no other test and no other run uses.
 pub fn fresh_name(prefix: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    // Of one length, so that no name is the beginning of another: tests find the files of a lock by its name.
-    format!("{prefix}-{:07}-{:05}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    // Of one length, so that no name is the beginning of another: tests find the files of a lock by
+    // its name.
+    format!(
+        "{prefix}-{:07}-{:05}",
+        std::process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    )
 }

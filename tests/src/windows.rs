@@ -9,15 +9,19 @@ use windows_sys::Win32::System::Diagnostics::ToolHelp::{
     CreateToolhelp32Snapshot, TH32CS_SNAPTHREAD, THREADENTRY32, Thread32First, Thread32Next,
 };
 use windows_sys::Win32::System::Threading::{
-    GetProcessHandleCount, GetThreadDescription, OpenProcess, OpenThread, PROCESS_QUERY_INFORMATION,
-    PROCESS_SUSPEND_RESUME, THREAD_QUERY_LIMITED_INFORMATION,
+    GetProcessHandleCount, GetThreadDescription, OpenProcess, OpenThread,
+    PROCESS_QUERY_INFORMATION, PROCESS_SUSPEND_RESUME, THREAD_QUERY_LIMITED_INFORMATION,
 };
 
 /// Opens a handle on the process `pid`, with the rights `access`.
 fn open(pid: u32, access: u32) -> OwnedHandle {
     // SAFETY: only queries.
     let process = unsafe { OpenProcess(access, 0, pid) };
-    assert!(!process.is_null(), "the process {pid} is there: {}", std::io::Error::last_os_error());
+    assert!(
+        !process.is_null(),
+        "the process {pid} is there: {}",
+        std::io::Error::last_os_error()
+    );
     // SAFETY: just created, and without another owner.
     unsafe { OwnedHandle::from_raw_handle(process) }
 }
@@ -28,7 +32,11 @@ pub(crate) fn handles(pid: u32) -> usize {
     let mut count = 0_u32;
     // SAFETY: the handle is open, and the answer has a place.
     let counted = unsafe { GetProcessHandleCount(process.as_raw_handle(), &raw mut count) };
-    assert!(counted != 0, "handles can be counted: {}", std::io::Error::last_os_error());
+    assert!(
+        counted != 0,
+        "handles can be counted: {}",
+        std::io::Error::last_os_error()
+    );
     count as usize
 }
 
@@ -36,10 +44,17 @@ pub(crate) fn handles(pid: u32) -> usize {
 pub(crate) fn threads(pid: u32) -> Vec<String> {
     // SAFETY: takes a snapshot of all threads, which is a handle of its own.
     let picture = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPTHREAD, 0) };
-    assert!(picture != INVALID_HANDLE_VALUE, "threads can be listed: {}", std::io::Error::last_os_error());
+    assert!(
+        picture != INVALID_HANDLE_VALUE,
+        "threads can be listed: {}",
+        std::io::Error::last_os_error()
+    );
     // SAFETY: just created, and without another owner.
     let picture = unsafe { OwnedHandle::from_raw_handle(picture) };
-    let mut entry = THREADENTRY32 { dwSize: size_of::<THREADENTRY32>() as u32, ..Default::default() };
+    let mut entry = THREADENTRY32 {
+        dwSize: size_of::<THREADENTRY32>() as u32,
+        ..Default::default()
+    };
     // SAFETY: the handle is open, and the entry says how long it is.
     let mut found = unsafe { Thread32First(picture.as_raw_handle(), &raw mut entry) } != 0;
     let mut names = Vec::new();

@@ -11,14 +11,20 @@ pub fn is_wine() -> bool {
             fn GetProcAddress(module: *mut c_void, name: *const c_char) -> *mut c_void;
         }
         // SAFETY: both names end with a zero, and that module is loaded in every process for ever.
-        unsafe { !GetProcAddress(GetModuleHandleA(c"ntdll".as_ptr()), c"wine_get_version".as_ptr()).is_null() }
+        unsafe {
+            !GetProcAddress(
+                GetModuleHandleA(c"ntdll".as_ptr()),
+                c"wine_get_version".as_ptr(),
+            )
+            .is_null()
+        }
     }
     #[cfg(not(windows))]
     false
 }
 
-/// Returns whether this process runs under Wine, and reports a case there as left out with the reason. On Windows the
-/// case runs.
+/// Returns whether this process runs under Wine, and reports a case there as left out with the
+/// reason. On Windows the case runs.
 pub fn wine_cannot_judge(why: &str) -> bool {
     if is_wine() {
         crate::left_out(format_args!("under Wine: {why}"));
@@ -26,8 +32,8 @@ pub fn wine_cannot_judge(why: &str) -> bool {
     is_wine()
 }
 
-/// Starts a program. Under Wine the start fails occasionally, because Wine's server does not answer; there it is
-/// repeated.
+/// Starts a program. Under Wine the start fails occasionally, because Wine's server does not
+/// answer; there it is repeated.
 pub(crate) fn spawn(command: &mut std::process::Command) -> std::io::Result<std::process::Child> {
     const INTERNAL_ERROR: i32 = 1359;
     for _ in 0..9 {

@@ -11,7 +11,9 @@ use lockkit::{Lease, LeaseGuard, LeaseStatus, LossReason, Wait};
 use lockkit_tests::errors::with_causes;
 use lockkit_tests::leases::Terms;
 use lockkit_tests::server_conformance::etcd::Etcd;
-use lockkit_tests::server_conformance::{Access, Certificates, Engine, PASSWORD, Proxy, Security, USER, until_quiet};
+use lockkit_tests::server_conformance::{
+    Access, Certificates, Engine, PASSWORD, Proxy, Security, USER, until_quiet,
+};
 use lockkit_tests::{Actor, LIVELY, conformance, crash_points, drills, left_out, until};
 use rustix::process::Signal;
 
@@ -28,7 +30,8 @@ macro_rules! or_left_out {
     };
 }
 
-/// The TTL is long enough that no holder loses the lease during a leader election on a busy machine.
+/// The TTL is long enough that no holder loses the lease during a leader election on a busy
+/// machine.
 const TTL: Duration = Duration::from_secs(12);
 
 fn lease(url: impl Into<String>) -> Lease {
@@ -54,9 +57,14 @@ fn wait_for_renewals(guards: &[LeaseGuard]) {
 
 /// Returns the error of building or acquiring the lease at `url`, with all its causes.
 fn refusal(url: impl Into<String>) -> String {
-    let lease = Lease::connect(url).build().and_then(|lease| lease.try_lock());
+    let lease = Lease::connect(url)
+        .build()
+        .and_then(|lease| lease.try_lock());
     let text = with_causes(&lease.unwrap_err());
-    assert!(!text.contains(PASSWORD) && !text.contains("barley"), "{text}");
+    assert!(
+        !text.contains(PASSWORD) && !text.contains("barley"),
+        "{text}"
+    );
     text
 }
 
@@ -91,9 +99,11 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
         ..Terms::of(url(endpoints, name))
     };
     // The client tries the leader first, and then the others.
-    let kept = lease(url(&format!("{only_it},{others}"), "kept")).try_lock().unwrap();
-    // These processes know only the leader. The TTL of the first is longer than the leader's stop, and that of the
-    // second is not.
+    let kept = lease(url(&format!("{only_it},{others}"), "kept"))
+        .try_lock()
+        .unwrap();
+    // These processes know only the leader. The TTL of the first is longer than the leader's stop,
+    // and that of the second is not.
     let mut asleep = Actor::start_lease(&terms(&only_it, "asleep", 10 * LIVELY));
     let mut alone = Actor::start_lease(&terms(&only_it, "alone", SHORT));
     let mut next = Actor::start_lease(&terms(&others, "alone", SHORT));
@@ -107,17 +117,27 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
     assert!(alone.ask("wait-lost").starts_with("lost "));
     let second = next.answer();
     let recovered = format!(" recovered {}", alone.pid());
-    assert!(second.ends_with(&recovered) && second > first, "{second} after {first}");
+    assert!(
+        second.ends_with(&recovered) && second > first,
+        "{second} after {first}"
+    );
     wait_for_a_renewal(&kept);
-    // The old leader believes that it leads until it hears from the new leader. Its answers in between have no effect.
+    // The old leader believes that it leads until it hears from the new leader. Its answers in
+    // between have no effect.
     etcd.signal_node(leader, Signal::CONT);
     assert!(alone.ask("is-held").starts_with("no"));
     next.expect("is-held", "yes");
-    until("the old leader knows the new leader", || alone.ask("try").starts_with("error Held"));
+    until("the old leader knows the new leader", || {
+        alone.ask("try").starts_with("error Held")
+    });
     asleep.expect("is-held", "yes");
-    // A renewal to the stopped leader may still lack its answer. In that case the heartbeat releases.
+    // A renewal to the stopped leader may still lack its answer. In that case the heartbeat
+    // releases.
     let released = asleep.ask("release");
-    assert!(released == "released" || released.contains("still busy"), "{released}");
+    assert!(
+        released == "released" || released.contains("still busy"),
+        "{released}"
+    );
     drop(lease(url(&others, "asleep")).lock_for(LIVELY).unwrap());
     wait_for_a_renewal(&kept);
     next.expect("is-held", "yes");
@@ -127,8 +147,17 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
 #[test]
 fn request_skips_dead_or_frozen_endpoint() {
     let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
-    let closed_port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
-    let url = etcd.url_of(&format!("127.0.0.1:{closed_port},{}", etcd.endpoints()), "", "dead", "");
+    let closed_port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let url = etcd.url_of(
+        &format!("127.0.0.1:{closed_port},{}", etcd.endpoints()),
+        "",
+        "dead",
+        "",
+    );
     lease(url).try_lock().unwrap().release().unwrap();
 
     let lease = lease(etcd.plain_url("frozen"));
@@ -146,12 +175,19 @@ fn request_skips_dead_or_frozen_endpoint() {
 fn waiter_with_frozen_endpoint_acquires_before_holder_expires() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let proxy = Proxy::to(etcd.port());
-    let lasting = |url: String| Lease::connect(url).ttl(10 * LIVELY).heartbeat(LIVELY).build().unwrap();
+    let lasting = |url: String| {
+        Lease::connect(url)
+            .ttl(10 * LIVELY)
+            .heartbeat(LIVELY)
+            .build()
+            .unwrap()
+    };
     let guard = lasting(etcd.plain_url("x")).try_lock().unwrap();
     let both = format!("127.0.0.1:{},{}", proxy.port(), etcd.endpoints());
     let waiter = lasting(etcd.url_of(&both, "", "x", ""));
     std::thread::scope(|scope| {
-        // When its watch has been silent for too long, the waiter asks once more, and then uses another endpoint.
+        // When its watch has been silent for too long, the waiter asks once more, and then uses
+        // another endpoint.
         let waiting = scope.spawn(move || waiter.lock_for(4 * LIVELY));
         until_quiet(&proxy);
         proxy.hold();
@@ -173,9 +209,13 @@ fn etcd_request_replayed_after_release_blocks_no_client() {
         let proxy = Proxy::to(etcd.port());
         let both = format!("127.0.0.1:{},{}", proxy.port(), etcd.endpoints());
         // This lease keeps the session of both alive.
-        let kept = lease(etcd.url_of(&both, "", "kept", "")).lock_for(LIVELY).unwrap();
+        let kept = lease(etcd.url_of(&both, "", "kept", ""))
+            .lock_for(LIVELY)
+            .unwrap();
         proxy.hold_at(b"request_put");
-        let guard = lease(etcd.url_of(&both, "", "late", "")).lock_for(LIVELY).unwrap();
+        let guard = lease(etcd.url_of(&both, "", "late", ""))
+            .lock_for(LIVELY)
+            .unwrap();
         guard.release().unwrap();
         // On a slow machine all requests may have used the other endpoint.
         if proxy.is_holding() {
@@ -183,7 +223,9 @@ fn etcd_request_replayed_after_release_blocks_no_client() {
         }
     };
     proxy.let_go();
-    until("it is carried out once more", || matches!(others.status().unwrap(), LeaseStatus::Held(_)));
+    until("it is carried out once more", || {
+        matches!(others.status().unwrap(), LeaseStatus::Held(_))
+    });
     let start = Instant::now();
     drop(others.lock_for(LIVELY).unwrap());
     assert!(start.elapsed() < 4 * SHORT && kept.is_held());
@@ -192,12 +234,18 @@ fn etcd_request_replayed_after_release_blocks_no_client() {
 #[test]
 fn quorum_loss_ends_lease_and_next_guard_reports_it() {
     let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
-    let lease = Lease::connect(etcd.plain_url("quorum")).ttl(Duration::from_secs(4)).build().unwrap();
+    let lease = Lease::connect(etcd.plain_url("quorum"))
+        .ttl(Duration::from_secs(4))
+        .build()
+        .unwrap();
     let guard = lease.try_lock().unwrap();
     [0, 1].into_iter().for_each(|node| etcd.kill_node(node));
     let reason = guard.lost().wait(&Wait::at_most(LIVELY)).unwrap();
     assert!(matches!(reason, LossReason::Store(_)), "{reason}");
-    assert!(lease.try_lock().is_err(), "no client can acquire without a quorum");
+    assert!(
+        lease.try_lock().is_err(),
+        "no client can acquire without a quorum"
+    );
     [0, 1].into_iter().for_each(|node| etcd.launch_node(node));
     etcd.wait_until_it_serves();
     let token = guard.token();
@@ -211,16 +259,29 @@ fn quorum_loss_ends_lease_and_next_guard_reports_it() {
 fn leases_with_same_ttl_share_one_etcd_session() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let take = |ttl: Duration| {
-        let lease = |n| Lease::connect(etcd.plain_url(&format!("{}-{n}", ttl.as_secs()))).ttl(ttl).build().unwrap();
-        (0..100).map(|n| lease(n).try_lock().unwrap()).collect::<Vec<_>>()
+        let lease = |n| {
+            Lease::connect(etcd.plain_url(&format!("{}-{n}", ttl.as_secs())))
+                .ttl(ttl)
+                .build()
+                .unwrap()
+        };
+        (0..100)
+            .map(|n| lease(n).try_lock().unwrap())
+            .collect::<Vec<_>>()
     };
     let first = take(TTL);
     assert_eq!(etcd.sessions(), 1);
     let second = take(TTL * 2);
     assert_eq!(etcd.sessions(), 2);
-    first.iter().chain(&second).for_each(|guard| guard.check().unwrap());
+    first
+        .iter()
+        .chain(&second)
+        .for_each(|guard| guard.check().unwrap());
     // Another process has its own session.
-    let mut other = Actor::start_lease(&Terms { ttl: 12_000, ..Terms::of(etcd.plain_url("another")) });
+    let mut other = Actor::start_lease(&Terms {
+        ttl: 12_000,
+        ..Terms::of(etcd.plain_url("another"))
+    });
     assert!(other.ask("try").starts_with("held "));
     assert_eq!(etcd.sessions(), 3);
 }
@@ -228,7 +289,10 @@ fn leases_with_same_ttl_share_one_etcd_session() {
 #[test]
 fn unused_etcd_session_expires() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    let lease = Lease::connect(etcd.plain_url("short")).ttl(Duration::from_secs(2)).build().unwrap();
+    let lease = Lease::connect(etcd.plain_url("short"))
+        .ttl(Duration::from_secs(2))
+        .build()
+        .unwrap();
     lease.try_lock().unwrap().release().unwrap();
     assert_eq!(etcd.sessions(), 1);
     until("the session is gone", || etcd.sessions() == 0);
@@ -243,9 +307,11 @@ fn thousand_etcd_leases_renew_with_few_requests() {
     let guards: Vec<_> = (0..1000)
         .map(|n| {
             let lost = lost.clone();
-            let lease = Lease::connect(etcd.plain_url(&n.to_string())).ttl(TTL).on_lost(move |_| {
-                lost.fetch_add(1, Ordering::Relaxed);
-            });
+            let lease = Lease::connect(etcd.plain_url(&n.to_string()))
+                .ttl(TTL)
+                .on_lost(move |_| {
+                    lost.fetch_add(1, Ordering::Relaxed);
+                });
             lease.build().unwrap().try_lock().unwrap()
         })
         .collect();
@@ -260,10 +326,21 @@ fn lease_without_progress_is_freed_while_session_lives() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let short = |name| Lease::connect(etcd.plain_url(name)).ttl(Duration::from_secs(2));
     let goes_on = short("goes-on").build().unwrap().try_lock().unwrap();
-    let hangs = short("hangs").require_progress(Duration::from_secs(1)).build().unwrap().try_lock().unwrap();
-    let mut next = Actor::start_lease(&Terms { ttl: 30_000, ..Terms::of(etcd.plain_url("hangs")) });
+    let hangs = short("hangs")
+        .require_progress(Duration::from_secs(1))
+        .build()
+        .unwrap()
+        .try_lock()
+        .unwrap();
+    let mut next = Actor::start_lease(&Terms {
+        ttl: 30_000,
+        ..Terms::of(etcd.plain_url("hangs"))
+    });
     let answer = next.ask("lock");
-    assert!(answer.ends_with(&format!("recovered {}", std::process::id())), "{answer}");
+    assert!(
+        answer.ends_with(&format!("recovered {}", std::process::id())),
+        "{answer}"
+    );
     assert!(!hangs.is_held());
     goes_on.check().unwrap();
 }
@@ -273,13 +350,21 @@ fn etcd_eviction_reported_only_to_evicted_holder() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let [evicted, stays] = ["evicted", "stays"].map(|name| lease(etcd.plain_url(name)));
     let guards = [&evicted, &stays].map(|lease| lease.try_lock().unwrap());
-    let LeaseStatus::Held(seen) = evicted.status().unwrap() else { panic!("it is held") };
+    let LeaseStatus::Held(seen) = evicted.status().unwrap() else {
+        panic!("it is held")
+    };
     assert_eq!(seen.token(), Some(guards[0].token()));
     assert!(evicted.evict(&seen).unwrap());
     assert_eq!(evicted.status().unwrap(), LeaseStatus::Free);
-    assert!(!stays.evict(&seen).unwrap(), "the snapshot shows the holder of another lease");
+    assert!(
+        !stays.evict(&seen).unwrap(),
+        "the snapshot shows the holder of another lease"
+    );
     let reason = guards[0].lost().wait(&Wait::at_most(LIVELY)).unwrap();
-    assert!(matches!(reason, LossReason::TakenOver { by: None }), "{reason}");
+    assert!(
+        matches!(reason, LossReason::TakenOver { by: None }),
+        "{reason}"
+    );
     wait_for_a_renewal(&guards[1]);
     let next = evicted.try_lock().unwrap();
     assert!(next.recovered().is_none() && next.token() > guards[0].token());
@@ -288,25 +373,38 @@ fn etcd_eviction_reported_only_to_evicted_holder() {
 #[test]
 fn waiter_survives_etcd_compaction() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    let terms = Terms { ttl: 30_000, ..Terms::of(etcd.plain_url("compacted")) };
+    let terms = Terms {
+        ttl: 30_000,
+        ..Terms::of(etcd.plain_url("compacted"))
+    };
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     let first = holder.ask("try");
     waiter.tell_to_wait("lock");
     let other = lease(etcd.plain_url("other"));
     (0..20).for_each(|_| other.try_lock().unwrap().release().unwrap());
     let guard = other.try_lock().unwrap();
-    let compacted = etcd.post("/v3/kv/compaction", &format!(r#"{{"revision":"{}","physical":true}}"#, guard.token()));
+    let compacted = etcd.post(
+        "/v3/kv/compaction",
+        &format!(r#"{{"revision":"{}","physical":true}}"#, guard.token()),
+    );
     assert!(!compacted.contains("error"), "{compacted}");
     waiter.expect_silence();
     holder.expect("release", "released");
     let second = waiter.answer();
-    assert!(second.starts_with("held ") && second > first, "{second} after {first}");
+    assert!(
+        second.starts_with("held ") && second > first,
+        "{second} after {first}"
+    );
 }
 
 #[test]
 fn forked_child_creates_own_etcd_session() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    let terms = |name| Terms { ttl: 3000, heartbeat: 500, ..Terms::of(etcd.plain_url(name)) };
+    let terms = |name| Terms {
+        ttl: 3000,
+        heartbeat: 500,
+        ..Terms::of(etcd.plain_url(name))
+    };
     let mut parent = Actor::start_lease(&terms("parent"));
     let token = parent.ask("try");
     parent.expect(&format!("fork {}", etcd.plain_url("child")), "parted");
@@ -317,7 +415,11 @@ fn forked_child_creates_own_etcd_session() {
 
 #[test]
 fn expired_etcd_auth_token_is_requested_again() {
-    let mut etcd = or_left_out!(Etcd::start_nodes(1, &Security::Password, &["--auth-token-ttl", "1"]));
+    let mut etcd = or_left_out!(Etcd::start_nodes(
+        1,
+        &Security::Password,
+        &["--auth-token-ttl", "1"]
+    ));
     let user = format!("{USER}:{PASSWORD}@");
     let lease = lease(etcd.url_of(&etcd.endpoints(), &user, "expires", ""));
     let guard = lease.try_lock().unwrap();
@@ -339,15 +441,27 @@ fn etcd_access_denied_error_names_cause() {
     };
     assert_message("", "without a user and a password");
     assert_message("guest:guest@", "the user \"guest\" lacks the permission");
-    assert_message(&format!("{USER}:open-barley@"), &format!("as {USER:?}: no such user has this password"));
+    assert_message(
+        &format!("{USER}:open-barley@"),
+        &format!("as {USER:?}: no such user has this password"),
+    );
     let open = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    let message = refusal(open.url_of(&open.endpoints(), &format!("{USER}:{PASSWORD}@"), "open", ""));
+    let message = refusal(open.url_of(
+        &open.endpoints(),
+        &format!("{USER}:{PASSWORD}@"),
+        "open",
+        "",
+    ));
     assert!(message.contains("its authentication is off"), "{message}");
 }
 
 #[test]
 fn connect_with_gateway_disabled_error_says_so() {
-    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &["--enable-grpc-gateway=false"]));
+    let etcd = or_left_out!(Etcd::start_nodes(
+        1,
+        &Security::None,
+        &["--enable-grpc-gateway=false"]
+    ));
     let message = refusal(etcd.plain_url("off"));
     assert!(message.contains("the gateway of etcd"), "{message}");
 }
@@ -355,12 +469,15 @@ fn connect_with_gateway_disabled_error_says_so() {
 #[test]
 fn etcd_tls_misconfiguration_error_names_cause() {
     let certificates = or_left_out!(Certificates::new());
-    let [ca, stranger] = [certificates.ca(), certificates.stranger()].map(|path| path.display().to_string());
+    let [ca, stranger] =
+        [certificates.ca(), certificates.stranger()].map(|path| path.display().to_string());
     let [cert, key] = certificates.client().map(|path| path.display().to_string());
     let [_, other_key] = certificates.server().map(|path| path.display().to_string());
     let security = Security::ClientCertificate(certificates);
     let etcd = or_left_out!(Etcd::start(&security, None));
-    let right = etcd.url(etcd.port(), Access::Right(&security), "tls").unwrap();
+    let right = etcd
+        .url(etcd.port(), Access::Right(&security), "tls")
+        .unwrap();
     lease(&right).try_lock().unwrap().release().unwrap();
 
     let port = etcd.port();
@@ -368,17 +485,32 @@ fn etcd_tls_misconfiguration_error_names_cause() {
         let message = refusal(&url);
         assert!(message.contains(text), "{url} says: {message}");
     };
-    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca={ca}"), "with the parameters cert and key");
+    assert_message(
+        format!("etcds://127.0.0.1:{port}/tls?ca={ca}"),
+        "with the parameters cert and key",
+    );
     assert_message(
         format!("etcds://127.0.0.1:{port}/tls?ca={stranger}&cert={cert}&key={key}"),
         "cannot trust the certificate",
     );
-    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca={ca}&cert={cert}&key={other_key}"), "do not match");
-    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca=/no/such/file"), "/no/such/file");
-    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca={key}"), "contains no certificate");
+    assert_message(
+        format!("etcds://127.0.0.1:{port}/tls?ca={ca}&cert={cert}&key={other_key}"),
+        "do not match",
+    );
+    assert_message(
+        format!("etcds://127.0.0.1:{port}/tls?ca=/no/such/file"),
+        "/no/such/file",
+    );
+    assert_message(
+        format!("etcds://127.0.0.1:{port}/tls?ca={key}"),
+        "contains no certificate",
+    );
     assert_message(format!("etcd://127.0.0.1:{port}/tls"), "etcds://");
     let plain = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    assert_message(format!("etcds://{}/tls?ca={ca}", plain.endpoints()), "write etcd://");
+    assert_message(
+        format!("etcds://{}/tls?ca={ca}", plain.endpoints()),
+        "write etcd://",
+    );
 }
 
 #[test]
@@ -392,11 +524,24 @@ fn etcd_lease_has_crash_point_between_any_two_changes() {
 #[test]
 fn etcdctl_reads_lease_below_prefix() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    let guard = lease(format!("{}?prefix=mine/", etcd.plain_url("shown"))).try_lock().unwrap();
+    let guard = lease(format!("{}?prefix=mine/", etcd.plain_url("shown")))
+        .try_lock()
+        .unwrap();
     let record = or_left_out!(etcd.ctl(&["get", "--print-value-only", "mine/record/shown"]));
     let own = format!("pid {}", std::process::id());
-    assert!(record.starts_with("held ") && record.lines().any(|line| line == own), "{record}");
-    assert!(or_left_out!(etcd.ctl(&["get", "--keys-only", "--prefix", "lockkit/"])).trim().is_empty());
+    assert!(
+        record.starts_with("held ") && record.lines().any(|line| line == own),
+        "{record}"
+    );
+    assert!(
+        or_left_out!(etcd.ctl(&["get", "--keys-only", "--prefix", "lockkit/"]))
+            .trim()
+            .is_empty()
+    );
     guard.release().unwrap();
-    assert!(or_left_out!(etcd.ctl(&["get", "mine/held/shown"])).trim().is_empty());
+    assert!(
+        or_left_out!(etcd.ctl(&["get", "mine/held/shown"]))
+            .trim()
+            .is_empty()
+    );
 }

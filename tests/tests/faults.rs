@@ -34,7 +34,10 @@ fn manager_has_crash_point_between_any_two_changes() {
         let table = kind.fresh();
         let mut player = Actor::start_at(&table);
         player.expect(&format!("kill-at {}", usize::MAX), "armed");
-        crash_points::stand_between_changes_of(&mut player, &["open", "allocate", "try 0", "release 0", "free 0"]);
+        crash_points::stand_between_changes_of(
+            &mut player,
+            &["open", "allocate", "try 0", "release 0", "free 0"],
+        );
         let mut taker = Actor::start_at(&table);
         taker.expect("allocate-at 3", "allocated 3");
         taker.expect("lock 3", "held");
@@ -58,7 +61,10 @@ fn takeover_and_renewal_have_crash_points_between_changes() {
     // Heartbeats continue meanwhile, as many as fall into this time.
     crash_points::stand_between_changes_of_the_others(&mut player);
 
-    let spec = Spec::parse(&format!("pidfile:{}", directory.path().join("pid").display()));
+    let spec = Spec::parse(&format!(
+        "pidfile:{}",
+        directory.path().join("pid").display()
+    ));
     let mut dies = Actor::start(&spec);
     dies.expect("lock", "held");
     dies.kill();
@@ -81,7 +87,9 @@ fn failed_system_call_of_takeover_recovers() {
 #[test]
 fn c4_fork_on_one_processor_waits_for_claims() {
     let name = lockkit_tests::fresh_name("lockkit-test-realtime");
-    let Some(mut process) = RealTime::start("fork", &name) else { return };
+    let Some(mut process) = RealTime::start("fork", &name) else {
+        return;
+    };
     let longest = process.longest();
     assert!(longest < Duration::from_secs(1), "a fork took {longest:?}");
     // Its children live.
@@ -94,9 +102,14 @@ fn c4_fork_on_one_processor_waits_for_claims() {
 #[test]
 fn c4_lock_on_one_processor_waits_for_forks() {
     let name = lockkit_tests::fresh_name("lockkit-test-realtime");
-    let Some(mut process) = RealTime::start("lock", &name) else { return };
+    let Some(mut process) = RealTime::start("lock", &name) else {
+        return;
+    };
     let longest = process.longest();
-    assert!(longest < Duration::from_secs(1), "a free lock took {longest:?}");
+    assert!(
+        longest < Duration::from_secs(1),
+        "a free lock took {longest:?}"
+    );
     drop(process);
     Spec::parse(&format!("named-socket:{name}")).clean();
 }

@@ -56,8 +56,15 @@ fn exclusive_waiter_acquires_after_last_shared_release() {
         assert!(lock.try_lock().unwrap_err().is_held());
         reader.release().unwrap();
     }
-    assert!(lock.lock_for(Duration::from_millis(5)).unwrap_err().is_timeout());
-    run_while_waiter_sleeps(|| assert!(!lock.lock().unwrap().is_shared()), || drop(third));
+    assert!(
+        lock.lock_for(Duration::from_millis(5))
+            .unwrap_err()
+            .is_timeout()
+    );
+    run_while_waiter_sleeps(
+        || assert!(!lock.lock().unwrap().is_shared()),
+        || drop(third),
+    );
 }
 
 #[test]
@@ -66,7 +73,11 @@ fn acquire_shared_of_exclusive_lock_waits_or_fails() {
     let lock = FileLock::new(directory.path().join("lock"));
     let writer = lock.lock().unwrap();
     assert!(lock.try_lock_shared().unwrap_err().is_held());
-    assert!(lock.lock_shared_for(Duration::from_millis(5)).unwrap_err().is_timeout());
+    assert!(
+        lock.lock_shared_for(Duration::from_millis(5))
+            .unwrap_err()
+            .is_timeout()
+    );
     let token = CancelToken::new();
     run_while_waiter_sleeps(
         || {
@@ -95,7 +106,12 @@ fn release_by_one_of_two_readers_excludes_writers() {
 #[cfg(target_os = "linux")]
 fn flock(options: &[&str], path: &Path, command: &[&str]) -> Child {
     let mut flock = Command::new("flock");
-    flock.args(options).arg(path).args(command).stdin(Stdio::piped()).stdout(Stdio::piped());
+    flock
+        .args(options)
+        .arg(path)
+        .args(command)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
     flock.spawn().expect("flock(1), of util-linux")
 }
 
@@ -164,7 +180,16 @@ fn acquire_file_creates_directories_only_on_request() {
     let directory = directory();
     let path = directory.path().join("a/b/lock");
     let error = FileLock::new(&path).lock().unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
+    assert!(
+        matches!(
+            error.kind(),
+            ErrorKind::Io {
+                action: "create",
+                ..
+            }
+        ),
+        "{error}"
+    );
     assert!(error.to_string().contains("a/b/lock"), "{error}");
     assert_eq!(directory.path().read_dir().unwrap().count(), 0);
     drop(FileLock::new(&path).create_parents().lock().unwrap());
@@ -187,10 +212,20 @@ fn acquire_of_directory_excludes_others() {
 fn file_lock_of_fifo_does_not_disturb_its_reader() {
     let directory = directory();
     let fifo = directory.path().join("fifo");
-    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
-    let mut reader = Command::new("cat").arg(&fifo).stdout(Stdio::null()).spawn().unwrap();
+    rustix::fs::mkfifoat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::Mode::from_raw_mode(0o600),
+    )
+    .unwrap();
+    let mut reader = Command::new("cat")
+        .arg(&fifo)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
     until("it waits for a writer", || {
-        let stat = |what| fs::read_to_string(format!("/proc/{}/{what}", reader.id())).unwrap_or_default();
+        let stat =
+            |what| fs::read_to_string(format!("/proc/{}/{what}", reader.id())).unwrap_or_default();
         stat("comm").trim() == "cat" && sleeps(reader.id(), reader.id())
     });
     assert!(FileLock::new(&fifo).lock().is_err());
@@ -214,7 +249,12 @@ fn acquire_of_running_executable_succeeds() {
 /// Returns the error's message with that of the system.
 #[cfg(target_os = "linux")]
 fn text(error: &Error) -> String {
-    format!("{error}: {}", std::error::Error::source(error).map(ToString::to_string).unwrap_or_default())
+    format!(
+        "{error}: {}",
+        std::error::Error::source(error)
+            .map(ToString::to_string)
+            .unwrap_or_default()
+    )
 }
 
 #[cfg(target_os = "linux")]
@@ -222,7 +262,12 @@ fn text(error: &Error) -> String {
 fn file_lock_of_unlockable_path_names_path_and_cause() {
     let directory = directory();
     let at = |name: &str| directory.path().join(name);
-    rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
+    rustix::fs::mkfifoat(
+        rustix::fs::CWD,
+        at("fifo"),
+        rustix::fs::Mode::from_raw_mode(0o600),
+    )
+    .unwrap();
     symlink("loop", at("loop")).unwrap();
     fs::write(at("file"), "").unwrap();
     symlink("nowhere/at/all", at("dangling")).unwrap();
@@ -231,15 +276,24 @@ fn file_lock_of_unlockable_path_names_path_and_cause() {
         ("/dev/null".into(), "open", "neither a file nor a directory"),
         (at("loop"), "open", "ymbolic link"),
         (at("file/lock"), "open", "Not a directory"),
-        (at("dangling"), "open", "a symlink to a file that does not exist"),
+        (
+            at("dangling"),
+            "open",
+            "a symlink to a file that does not exist",
+        ),
         (at("missing/lock"), "create", "No such file"),
         (at(&"x".repeat(300)), "open", "too long"),
         (at("nul\0byte"), "open", "NUL byte"),
     ] {
         let lock = FileLock::new(&path);
-        let error = [lock.lock(), lock.try_lock_shared()].map(Result::unwrap_err).map(|error| text(&error));
+        let error = [lock.lock(), lock.try_lock_shared()]
+            .map(Result::unwrap_err)
+            .map(|error| text(&error));
         for error in error {
-            assert!(error.starts_with(&format!("cannot {action} {}", path.display())), "{error}");
+            assert!(
+                error.starts_with(&format!("cannot {action} {}", path.display())),
+                "{error}"
+            );
             assert!(error.contains(because), "{error}");
         }
     }
@@ -260,10 +314,16 @@ fn file_lock_needs_read_permission_and_reports_denial() {
     let mut actor = Actor::start_as(&file("readable", 0o644), user.uid);
     actor.expect("try", "held");
     let denied = Actor::start_as(&file("private", 0o600), user.uid).ask("try");
-    assert!(denied.starts_with("error Io: cannot open") && denied.contains("Permission denied"), "{denied}");
+    assert!(
+        denied.starts_with("error Io: cannot open") && denied.contains("Permission denied"),
+        "{denied}"
+    );
     let spec = Spec::parse(&format!("file:{}", directory.path().join("new").display()));
     let denied = Actor::start_as(&spec, user.uid).ask("try");
-    assert!(denied.starts_with("error Io: cannot create") && denied.contains("Permission denied"), "{denied}");
+    assert!(
+        denied.starts_with("error Io: cannot create") && denied.contains("Permission denied"),
+        "{denied}"
+    );
     assert!(!Path::new(spec.at()).exists());
 }
 
@@ -292,7 +352,10 @@ fn waiter_of_replaced_file_acquires_new_file() {
             run_while_waiter_sleeps(
                 || {
                     let guard = lock.acquire(&wait).unwrap();
-                    let (open, named) = (guard.file().metadata().unwrap(), fs::metadata(&path).unwrap());
+                    let (open, named) = (
+                        guard.file().metadata().unwrap(),
+                        fs::metadata(&path).unwrap(),
+                    );
                     assert_eq!(open.ino(), named.ino());
                     assert!(FileLock::new(&path).try_lock().unwrap_err().is_held());
                 },
@@ -330,7 +393,10 @@ fn deadline_is_not_restarted_when_file_is_replaced() {
         let result = FileLock::new(&path).lock_for(Duration::from_millis(100));
         stop.store(true, Ordering::Relaxed);
         // A deadline that restarted with each file would end only after too many files.
-        assert!(result.as_ref().err().is_none_or(Error::is_timeout), "{result:?}");
+        assert!(
+            result.as_ref().err().is_none_or(Error::is_timeout),
+            "{result:?}"
+        );
     });
 }
 
@@ -355,8 +421,8 @@ fn deletion_under_lock_never_admits_two_holders() {
                     round += 1;
                     holds.fetch_add(1, Ordering::Relaxed);
                     inside.store(false, Ordering::SeqCst);
-                    // The removal is the last action under the lock, because the next holder may create a new file
-                    // immediately.
+                    // The removal is the last action under the lock, because the next holder may
+                    // create a new file immediately.
                     if round % 5 == 0 {
                         fs::remove_file(path).unwrap();
                     }
@@ -364,7 +430,9 @@ fn deletion_under_lock_never_admits_two_holders() {
                 }
             });
         }
-        until("there were enough rounds", || holds.load(Ordering::Relaxed) > 200_000);
+        until("there were enough rounds", || {
+            holds.load(Ordering::Relaxed) > 200_000
+        });
         stop.store(true, Ordering::Relaxed);
     });
 }
@@ -408,28 +476,50 @@ fn flock_unsupported_error_leaves_no_file() {
     let spec = Spec::parse(&format!("file:{}", directory.path().join("lock").display()));
     let strace = || {
         let mut strace = Command::new("strace");
-        strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=flock", "-e", "inject=flock:error=EOPNOTSUPP"]);
+        strace.args([
+            "-f",
+            "-qq",
+            "-o",
+            "/dev/null",
+            "-e",
+            "trace=flock",
+            "-e",
+            "inject=flock:error=EOPNOTSUPP",
+        ]);
         strace
     };
-    if !strace().arg("true").status().is_ok_and(|status| status.success()) {
+    if !strace()
+        .arg("true")
+        .status()
+        .is_ok_and(|status| status.success())
+    {
         lockkit_tests::left_out("strace is not here, or may not trace");
         return;
     }
     let mut actor = Actor::start_with(&spec, |command| {
         let program = command.get_program().to_owned();
         *command = strace();
-        command.arg(program).arg(spec.invite()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .arg(program)
+            .arg(spec.invite())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
     });
     for command in ["try", "lock", "lock-for 10"] {
         let answer = actor.ask(command);
-        assert!(answer.starts_with("error Io: cannot lock") && answer.contains("not supported"), "{answer}");
+        assert!(
+            answer.starts_with("error Io: cannot lock") && answer.contains("not supported"),
+            "{answer}"
+        );
         assert!(!Path::new(spec.at()).exists());
     }
 }
 
 #[test]
 fn acquire_on_full_disk_needs_space_only_to_create() {
-    let Some(disk) = SmallDisk::mount("size=4k,nr_inodes=2") else { return };
+    let Some(disk) = SmallDisk::mount("size=4k,nr_inodes=2") else {
+        return;
+    };
     let path = disk.path().join("lock");
     let full = FileLock::new(&path).lock().and_then(|guard| {
         let error = guard.file().write_all(&[0; 8192]).unwrap_err();
@@ -443,7 +533,16 @@ fn acquire_on_full_disk_needs_space_only_to_create() {
     full.unwrap();
     drop(again.unwrap());
     let error = second.unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
+    assert!(
+        matches!(
+            error.kind(),
+            ErrorKind::Io {
+                action: "create",
+                ..
+            }
+        ),
+        "{error}"
+    );
     assert_eq!(files, 1);
 }
 
@@ -452,17 +551,36 @@ fn acquire_on_full_disk_needs_space_only_to_create() {
 fn list_reports_locked_file_with_holders_and_waiters() {
     let spec = lockkit_tests::Kind::FILE.fresh();
     let lock = FileLock::new(spec.at());
-    assert_eq!((lock.holders().unwrap().len(), lock.waiters().unwrap()), (0, 0), "nothing is there");
+    assert_eq!(
+        (lock.holders().unwrap().len(), lock.waiters().unwrap()),
+        (0, 0),
+        "nothing is there"
+    );
     let mut holder = Actor::start(&spec);
     holder.expect("lock", "held");
     let mut waiter = Actor::start(&spec);
     waiter.tell_to_wait("lock");
-    assert_eq!(lock.holders().unwrap().iter().map(lockkit::Owner::pid).collect::<Vec<_>>(), [holder.pid()]);
+    assert_eq!(
+        lock.holders()
+            .unwrap()
+            .iter()
+            .map(lockkit::Owner::pid)
+            .collect::<Vec<_>>(),
+        [holder.pid()]
+    );
     assert_eq!(lock.waiters().unwrap(), 1);
-    assert!(FileLock::list().iter().any(|found| found.path() == lock.path()));
+    assert!(
+        FileLock::list()
+            .iter()
+            .any(|found| found.path() == lock.path())
+    );
     drop((holder, waiter));
     assert!(lock.holders().unwrap().is_empty());
-    assert!(!FileLock::list().iter().any(|found| found.path() == lock.path()));
+    assert!(
+        !FileLock::list()
+            .iter()
+            .any(|found| found.path() == lock.path())
+    );
     spec.clean();
 }
 

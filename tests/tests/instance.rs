@@ -1,5 +1,5 @@
-//! Instances of a program: which process is first, how a second start hands over its arguments, and the effect of
-//! processes that end, hang or attack.
+//! Instances of a program: which process is first, how a second start hands over its arguments, and
+//! the effect of processes that end, hang or attack.
 
 #![cfg(target_os = "linux")]
 
@@ -14,7 +14,9 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use lockkit::instance::{MOST_BYTES, Outcome};
-use lockkit::{Activation, CancelToken, ErrorKind, FirstInstance, Instance, NamedLock, SecondInstance, Wait};
+use lockkit::{
+    Activation, CancelToken, ErrorKind, FirstInstance, Instance, NamedLock, SecondInstance, Wait,
+};
 use lockkit_tests::helper_process::{Actor, signal_pid};
 use lockkit_tests::instances::{VARIABLE, address, call, empty_request, frame};
 use lockkit_tests::namespaces::UserNamespace;
@@ -56,10 +58,14 @@ fn in_time() -> Wait {
 }
 
 fn next(first: &FirstInstance) -> Activation {
-    first.next_activation(&in_time()).unwrap().expect("an activation in time")
+    first
+        .next_activation(&in_time())
+        .unwrap()
+        .expect("an activation in time")
 }
 
-/// Returns the answer of a serving actor to the activation of `sender` with no arguments of its own.
+/// Returns the answer of a serving actor to the activation of `sender` with no arguments of its
+/// own.
 fn answered(sender: &Actor) -> String {
     format!("answered {} {} [] 0", my_uid(), sender.pid())
 }
@@ -90,21 +96,33 @@ fn activate_delivers_request_unchanged() {
     .to_vec();
     let value = OsString::from_vec(b"\xf0value".to_vec());
     let mut sender = Actor::start_instance_with(&name, |command| {
-        command.args(&arguments).current_dir(directory.path()).env(VARIABLE, &value);
+        command
+            .args(&arguments)
+            .current_dir(directory.path())
+            .env(VARIABLE, &value);
     });
     sender.expect("enter", &format!("second of {}", std::process::id()));
     sender.tell("activate-with 30000 3");
     let activation = next(&first);
     assert_eq!(activation.arguments()[1..3], ["instance", &*name]);
     assert_eq!(activation.arguments()[3..], arguments);
-    assert_eq!(activation.directory(), Some(&*directory.path().canonicalize().unwrap()));
-    assert_eq!(activation.resolve("file"), directory.path().canonicalize().unwrap().join("file"));
+    assert_eq!(
+        activation.directory(),
+        Some(&*directory.path().canonicalize().unwrap())
+    );
+    assert_eq!(
+        activation.resolve("file"),
+        directory.path().canonicalize().unwrap().join("file")
+    );
     assert_eq!(activation.resolve("/file").as_os_str().as_bytes(), b"/file");
     assert_eq!(activation.variables(), [(VARIABLE.into(), value.clone())]);
     assert_eq!(activation.variable(VARIABLE), Some(&*value));
     assert_eq!(activation.variable("HOME"), None);
     assert_eq!(activation.bytes(), b"xxx");
-    assert_eq!((activation.uid(), activation.pid()), (my_uid(), Some(sender.pid())));
+    assert_eq!(
+        (activation.uid(), activation.pid()),
+        (my_uid(), Some(sender.pid()))
+    );
     activation.answer(b"welcome").unwrap();
     assert_eq!(sender.answer(), "answered welcome");
 }
@@ -136,12 +154,24 @@ fn activate_with_one_mebibyte_works_and_with_more_fails() {
 
         let sender = threads.spawn(|| crate::second(&name).activate(&in_time()));
         let error = next(&first).answer(&vec![0; MOST_BYTES + 1]).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::TooLarge { size, .. } if *size == MOST_BYTES + 1), "{error}");
+        assert!(
+            matches!(error.kind(), ErrorKind::TooLarge { size, .. } if *size == MOST_BYTES + 1),
+            "{error}"
+        );
         let error = sender.join().unwrap().unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::NotHandled { .. }), "{error}");
+        assert!(
+            matches!(error.kind(), ErrorKind::NotHandled { .. }),
+            "{error}"
+        );
     });
-    let error = second(&name).bytes(vec![0; MOST_BYTES + 1]).activate(&in_time()).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::TooLarge { size, .. } if *size == MOST_BYTES + 1), "{error}");
+    let error = second(&name)
+        .bytes(vec![0; MOST_BYTES + 1])
+        .activate(&in_time())
+        .unwrap_err();
+    assert!(
+        matches!(error.kind(), ErrorKind::TooLarge { size, .. } if *size == MOST_BYTES + 1),
+        "{error}"
+    );
 }
 
 #[test]
@@ -159,13 +189,19 @@ fn two_hundred_second_instances_at_once_lose_no_message() {
         assert!(sender.ask("enter").starts_with("second of"));
     }
     // The limit is longer than this test itself waits for an answer.
-    senders.iter_mut().for_each(|sender| sender.tell("activate-with 60000 1000000"));
+    senders
+        .iter_mut()
+        .for_each(|sender| sender.tell("activate-with 60000 1000000"));
     let mut seen = Vec::new();
     for activation in first.activations(&in_time()).take(200) {
-        let [.., number] = activation.arguments() else { panic!("no arguments") };
+        let [.., number] = activation.arguments() else {
+            panic!("no arguments")
+        };
         let number = number.to_str().unwrap().to_owned();
         assert_eq!(activation.bytes().len(), 1_000_000);
-        activation.answer(format!("hello {number}").as_bytes()).unwrap();
+        activation
+            .answer(format!("hello {number}").as_bytes())
+            .unwrap();
         seen.push(number);
     }
     for (number, sender) in senders.iter_mut().enumerate() {
@@ -174,7 +210,10 @@ fn two_hundred_second_instances_at_once_lose_no_message() {
     seen.sort();
     seen.dedup();
     assert_eq!(seen.len(), 200);
-    assert!(first.next_activation(&Wait::none()).unwrap().is_none(), "none came twice");
+    assert!(
+        first.next_activation(&Wait::none()).unwrap().is_none(),
+        "none came twice"
+    );
 }
 
 #[test]
@@ -187,7 +226,10 @@ fn activate_stopped_first_times_out_and_is_never_handled() {
     // The size exceeds the kernel's buffer for a first instance that does not read.
     let said = given_up.ask("activate-with 200 1000000");
     let expected = "error NoAnswer: the first instance of ";
-    assert!(said.starts_with(expected) && said.contains(&format!("it is pid {}", first.pid())), "{said}");
+    assert!(
+        said.starts_with(expected) && said.contains(&format!("it is pid {}", first.pid())),
+        "{said}"
+    );
     given_up.ask("enter");
     let said = given_up.ask("activate 200");
     assert!(said.starts_with(expected), "{said}");
@@ -197,7 +239,10 @@ fn activate_stopped_first_times_out_and_is_never_handled() {
     later.ask("enter");
     later.tell_to_wait("activate 30000");
     first.signal(Signal::CONT);
-    first.expect("take 30000", &format!("taken {} {} [] 0", my_uid(), later.pid()));
+    first.expect(
+        "take 30000",
+        &format!("taken {} {} [] 0", my_uid(), later.pid()),
+    );
     first.expect("answer hello", "done");
     assert_eq!(later.answer(), "answered hello");
     first.expect("take 0", "none");
@@ -239,7 +284,9 @@ fn first_instance_end_promotes_one_waiter_that_serves_rest() {
         let mut first = Actor::start_instance(&name);
         first.expect("enter", "first");
         let mut senders: Vec<Actor> = (0..20).map(|_| Actor::start_instance(&name)).collect();
-        senders.iter_mut().for_each(|sender| sender.tell_to_wait("start 30000"));
+        senders
+            .iter_mut()
+            .for_each(|sender| sender.tell_to_wait("start 30000"));
         // One activation is in progress, the others wait.
         assert!(first.ask("take 30000").starts_with("taken "));
         match end {
@@ -250,10 +297,24 @@ fn first_instance_end_promotes_one_waiter_that_serves_rest() {
             }
         }
         let answers: Vec<String> = senders.iter_mut().map(Actor::answer).collect();
-        assert_eq!(answers.iter().filter(|answer| *answer == "became first").count(), 1, "{answers:?}");
-        let late = answers.iter().filter(|answer| *answer == "answered late").count();
+        assert_eq!(
+            answers
+                .iter()
+                .filter(|answer| *answer == "became first")
+                .count(),
+            1,
+            "{answers:?}"
+        );
+        let late = answers
+            .iter()
+            .filter(|answer| *answer == "answered late")
+            .count();
         assert_eq!(late, usize::from(end == "release"), "{answers:?}");
-        let own = senders.iter().zip(&answers).filter(|(sender, answer)| **answer == answered(sender)).count();
+        let own = senders
+            .iter()
+            .zip(&answers)
+            .filter(|(sender, answer)| **answer == answered(sender))
+            .count();
         assert_eq!(own, 19 - late, "{answers:?}");
     }
 }
@@ -263,12 +324,21 @@ fn concurrent_starts_have_one_first_instance() {
     let name = name();
     let mut starters = [(); 3].map(|()| Actor::start_instance(&name));
     for _ in 0..300 {
-        starters.iter_mut().for_each(|starter| starter.tell("start 30000"));
+        starters
+            .iter_mut()
+            .for_each(|starter| starter.tell("start 30000"));
         let answers = starters.each_mut().map(Actor::answer);
-        let firsts: Vec<usize> =
-            (0..starters.len()).filter(|at| ["first", "became first"].contains(&&*answers[*at])).collect();
-        let [first] = firsts[..] else { panic!("{answers:?}") };
-        for (starter, said) in starters.iter().zip(&answers).filter(|(_, said)| !said.ends_with("first")) {
+        let firsts: Vec<usize> = (0..starters.len())
+            .filter(|at| ["first", "became first"].contains(&&*answers[*at]))
+            .collect();
+        let [first] = firsts[..] else {
+            panic!("{answers:?}")
+        };
+        for (starter, said) in starters
+            .iter()
+            .zip(&answers)
+            .filter(|(_, said)| !said.ends_with("first"))
+        {
             assert_eq!(*said, answered(starter));
         }
         starters[first].expect("release", "released");
@@ -282,7 +352,9 @@ fn start_racing_release_or_kill_is_answered_or_first() {
     holder.expect("start 0", "first");
     for round in 0..60 {
         let mut starters = [(); 2].map(|()| Actor::start_instance(&name));
-        starters.iter_mut().for_each(|starter| starter.tell("start 30000"));
+        starters
+            .iter_mut()
+            .for_each(|starter| starter.tell("start 30000"));
         if round % 2 == 0 {
             holder.tell("release");
         } else {
@@ -291,7 +363,8 @@ fn start_racing_release_or_kill_is_answered_or_first() {
         let answers = starters.each_mut().map(Actor::answer);
         let mut firsts = 0;
         for (starter, said) in starters.into_iter().zip(&answers) {
-            let is_first = ["first", "became first"].contains(&&**said) || said.starts_with("first recovered");
+            let is_first =
+                ["first", "became first"].contains(&&**said) || said.starts_with("first recovered");
             assert!(is_first || *said == answered(&starter), "{answers:?}");
             if is_first {
                 firsts += 1;
@@ -303,7 +376,10 @@ fn start_racing_release_or_kill_is_answered_or_first() {
             // Both were answered before the end.
             holder = Actor::start_instance(&name);
             let said = holder.ask("start 30000");
-            assert!(said.starts_with("first") || said == "became first", "{said}");
+            assert!(
+                said.starts_with("first") || said == "became first",
+                "{said}"
+            );
         }
     }
 }
@@ -322,7 +398,10 @@ fn second_takes_over_after_first_crashes_at_any_step() {
         let began = first.answer();
         let said = second.ask("start 30000");
         let is_first = said == "became first" || said.starts_with("first");
-        assert!(is_first || said == answered(&second), "killed at step {at}: {said}");
+        assert!(
+            is_first || said == answered(&second),
+            "killed at step {at}: {said}"
+        );
         if is_first {
             first.kill();
             let mut third = Actor::start_instance(&name);
@@ -347,16 +426,23 @@ fn second_takes_over_after_first_crashes_in_release() {
         for sender in [&mut second, &mut third] {
             sender.tell_to_wait("start 30000");
         }
-        // One activation is in progress, and gets no answer. The first instance has not taken the other yet.
+        // One activation is in progress, and gets no answer. The first instance has not taken the
+        // other yet.
         assert!(first.ask("take 30000").starts_with("taken "));
         first.expect(&format!("kill-at {at}"), "armed");
         let survived = first.ask("release") == "released";
         first.kill();
         let answers = [second.answer(), third.answer()];
-        let became = answers.iter().filter(|answer| *answer == "became first").count();
+        let became = answers
+            .iter()
+            .filter(|answer| *answer == "became first")
+            .count();
         assert_eq!(became, 1, "killed at step {at}: {answers:?}");
         let [second, third] = [&second, &third].map(answered);
-        assert!(answers.contains(&second) || answers.contains(&third), "killed at step {at}: {answers:?}");
+        assert!(
+            answers.contains(&second) || answers.contains(&third),
+            "killed at step {at}: {answers:?}"
+        );
         if survived {
             assert!(at > 1, "it passed no step");
             return;
@@ -384,7 +470,9 @@ fn second_killed_at_any_step_does_not_affect_first() {
             break;
         }
     }
-    until("the first has closed all", || Belongings::of(first.pid()) == before);
+    until("the first has closed all", || {
+        Belongings::of(first.pid()) == before
+    });
 }
 
 #[test]
@@ -430,8 +518,9 @@ fn child_processes_do_not_keep_instance_name_or_socket() {
     second.ask("enter");
     second.tell("activate 30000");
     assert!(first.ask("take 30000").starts_with("taken "));
-    let children: Vec<u32> =
-        ["fork", "spawn"].map(|how| first.ask(how).split(' ').nth(1).unwrap().parse().unwrap()).to_vec();
+    let children: Vec<u32> = ["fork", "spawn"]
+        .map(|how| first.ask(how).split(' ').nth(1).unwrap().parse().unwrap())
+        .to_vec();
     // The child has dropped its copies, of the first instance and of the activation.
     second.expect_silence();
     let mut third = Actor::start_instance(&name);
@@ -439,8 +528,13 @@ fn child_processes_do_not_keep_instance_name_or_socket() {
     first.kill();
     assert_eq!(second.answer(), "became first");
     let alive = |pid: &u32| lockkit::Owner::of(*pid).is_some();
-    assert!(children.iter().all(alive), "the children were to outlive the first");
-    children.into_iter().for_each(|child| signal_pid(child, Signal::KILL));
+    assert!(
+        children.iter().all(alive),
+        "the children were to outlive the first"
+    );
+    children
+        .into_iter()
+        .for_each(|child| signal_pid(child, Signal::KILL));
 }
 
 #[test]
@@ -452,7 +546,10 @@ fn handler_panic_is_reported_and_next_request_handled() {
     for _ in 0..2 {
         second.ask("enter");
         let said = second.ask("activate 30000");
-        assert!(said.starts_with("error NotHandled: the first instance of "), "{said}");
+        assert!(
+            said.starts_with("error NotHandled: the first instance of "),
+            "{said}"
+        );
     }
 }
 
@@ -461,7 +558,12 @@ fn activations_arrive_by_callback_iterator_and_poll() {
     let name = name();
     let first = first(&name);
     assert_eq!(first.activations(&Wait::none()).count(), 0);
-    assert_eq!(first.activations(&Wait::at_most(Duration::from_millis(20))).count(), 0);
+    assert_eq!(
+        first
+            .activations(&Wait::at_most(Duration::from_millis(20)))
+            .count(),
+        0
+    );
 
     let send = |threads: i32| {
         let send = |_| {
@@ -483,7 +585,9 @@ fn activations_arrive_by_callback_iterator_and_poll() {
         }
     }
     assert_eq!(seen, 3);
-    senders.into_iter().for_each(|sender| assert_eq!(answer(sender.join().unwrap().unwrap()), b"iterated"));
+    senders
+        .into_iter()
+        .for_each(|sender| assert_eq!(answer(sender.join().unwrap().unwrap()), b"iterated"));
 
     // This program polls occasionally.
     let senders = send(3);
@@ -495,38 +599,64 @@ fn activations_arrive_by_callback_iterator_and_poll() {
         }
         seen == 3
     });
-    senders.into_iter().for_each(|sender| assert_eq!(answer(sender.join().unwrap().unwrap()), b"looked"));
+    senders
+        .into_iter()
+        .for_each(|sender| assert_eq!(answer(sender.join().unwrap().unwrap()), b"looked"));
 
     let (pass_on, passed) = mpsc::channel();
-    first.on_activation(move |activation| pass_on.send(activation).unwrap()).unwrap();
+    first
+        .on_activation(move |activation| pass_on.send(activation).unwrap())
+        .unwrap();
     let senders = send(3);
     for _ in 0..3 {
-        passed.recv_timeout(LIVELY).unwrap().answer(b"called").unwrap();
+        passed
+            .recv_timeout(LIVELY)
+            .unwrap()
+            .answer(b"called")
+            .unwrap();
     }
-    senders.into_iter().for_each(|sender| assert_eq!(answer(sender.join().unwrap().unwrap()), b"called"));
+    senders
+        .into_iter()
+        .for_each(|sender| assert_eq!(answer(sender.join().unwrap().unwrap()), b"called"));
     drop(first);
-    assert!(matches!(passed.recv_timeout(LIVELY), Err(mpsc::RecvTimeoutError::Disconnected)), "the thread has ended");
+    assert!(
+        matches!(
+            passed.recv_timeout(LIVELY),
+            Err(mpsc::RecvTimeoutError::Disconnected)
+        ),
+        "the thread has ended"
+    );
 }
 
 #[test]
 fn dropped_next_activation_future_loses_no_activation() {
     let name = name();
     let first = first(&name);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     let forever = Wait::forever();
     let outside = std::pin::pin!(first.next_activation_async(&forever));
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match Future::poll(outside, &mut context) {
-        std::task::Poll::Ready(Err(error)) => assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}"),
+        std::task::Poll::Ready(Err(error)) => assert!(
+            matches!(error.kind(), ErrorKind::Unsupported { .. }),
+            "{error}"
+        ),
         _ => panic!("nothing would wake it"),
     }
     fn is_send<T: Send>(future: T) -> T {
         future
     }
-    let none = runtime.block_on(is_send(first.next_activation_async(&Wait::none()))).unwrap();
+    let none = runtime
+        .block_on(is_send(first.next_activation_async(&Wait::none())))
+        .unwrap();
     assert!(none.is_none());
     let mut senders: Vec<Actor> = (0..20).map(|_| Actor::start_instance(&name)).collect();
-    senders.iter_mut().for_each(|sender| sender.tell("start 30000"));
+    senders
+        .iter_mut()
+        .for_each(|sender| sender.tell("start 30000"));
     let mut seen = 0;
     let mut dropped = 0;
     runtime.block_on(async {
@@ -535,14 +665,20 @@ fn dropped_next_activation_future_loses_no_activation() {
             let limit = Duration::from_micros(50 * (dropped % 40));
             match tokio::time::timeout(limit, first.next_activation_async(&in_time())).await {
                 Ok(activation) => {
-                    activation.unwrap().expect("an activation in time").answer(b"awaited").unwrap();
+                    activation
+                        .unwrap()
+                        .expect("an activation in time")
+                        .answer(b"awaited")
+                        .unwrap();
                     seen += 1;
                 }
                 Err(_) => dropped += 1,
             }
         }
     });
-    senders.iter_mut().for_each(|sender| assert_eq!(sender.answer(), "answered awaited"));
+    senders
+        .iter_mut()
+        .for_each(|sender| assert_eq!(sender.answer(), "answered awaited"));
     let quit = CancelToken::new();
     let cancelled = runtime.block_on(async {
         let wait = Wait::forever().or_cancelled(&quit);
@@ -559,9 +695,14 @@ fn activation_stream_ends_when_cancelled() {
     let name = name();
     let first = first(&name);
     let mut senders = [(); 5].map(|()| Actor::start_instance(&name));
-    senders.iter_mut().for_each(|sender| sender.tell("start 30000"));
+    senders
+        .iter_mut()
+        .for_each(|sender| sender.tell("start 30000"));
     let quit = CancelToken::new();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     let received = runtime.block_on(async {
         let mut received = 0;
         let mut activations = first.activations_async(&in_time().or_cancelled(&quit));
@@ -575,7 +716,9 @@ fn activation_stream_ends_when_cancelled() {
         received
     });
     assert_eq!(received, senders.len());
-    senders.iter_mut().for_each(|sender| assert_eq!(sender.answer(), "answered streamed"));
+    senders
+        .iter_mut()
+        .for_each(|sender| assert_eq!(sender.answer(), "answered streamed"));
 }
 
 #[test]
@@ -585,19 +728,36 @@ fn concurrent_tasks_share_activations() {
     let mut senders = [(); 2].map(|()| Actor::start_instance(&name));
     let receive = || async {
         let wait = in_time();
-        let activation = first.next_activation_async(&wait).await.unwrap().expect("an activation in time");
+        let activation = first
+            .next_activation_async(&wait)
+            .await
+            .unwrap()
+            .expect("an activation in time");
         activation.answer(b"shared").unwrap();
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     // Both wait by the time at which the senders start.
-    let start = async { senders.iter_mut().for_each(|sender| sender.tell("start 30000")) };
+    let start = async {
+        senders
+            .iter_mut()
+            .for_each(|sender| sender.tell("start 30000"))
+    };
     runtime.block_on(async { tokio::join!(receive(), receive(), start) });
-    senders.iter_mut().for_each(|sender| assert_eq!(sender.answer(), "answered shared"));
+    senders
+        .iter_mut()
+        .for_each(|sender| assert_eq!(sender.answer(), "answered shared"));
 }
 
-/// Lets a task wait for an activation, runs `meanwhile` before the task is polled again, and returns the activation.
+/// Lets a task wait for an activation, runs `meanwhile` before the task is polled again, and
+/// returns the activation.
 fn received_by_a_task(first: &FirstInstance, meanwhile: impl FnOnce()) -> Activation {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
         let forever = Wait::forever();
         let mut waiting = std::pin::pin!(first.next_activation_async(&forever));
@@ -607,7 +767,9 @@ fn received_by_a_task(first: &FirstInstance, meanwhile: impl FnOnce()) -> Activa
         })
         .await;
         meanwhile();
-        let received = tokio::time::timeout(LIVELY, waiting).await.expect("the task is woken");
+        let received = tokio::time::timeout(LIVELY, waiting)
+            .await
+            .expect("the task is woken");
         received.unwrap().expect("it waits for ever")
     })
 }
@@ -662,8 +824,22 @@ fn activate_can_be_cancelled_and_first_instance_released() {
     quit.cancel();
     assert!(sender.join().unwrap().unwrap_err().is_cancelled());
     let error = taken.answer(b"late").unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Io { action: "answer", .. }), "{error}");
-    assert!(second(&name).activate(&Wait::forever().or_cancelled(&quit)).unwrap_err().is_cancelled());
+    assert!(
+        matches!(
+            error.kind(),
+            ErrorKind::Io {
+                action: "answer",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(
+        second(&name)
+            .activate(&Wait::forever().or_cancelled(&quit))
+            .unwrap_err()
+            .is_cancelled()
+    );
     first.release().unwrap();
     drop(crate::first(&name));
 }
@@ -677,7 +853,9 @@ fn repeated_activations_leak_no_thread_or_descriptor() {
         second.expect("start 30000", &answered(second));
         first.expect("release", "released");
         let pids = [first.pid(), second.pid()];
-        until("its thread has ended", || Belongings::of(pids[0]).threads() == 1);
+        until("its thread has ended", || {
+            Belongings::of(pids[0]).threads() == 1
+        });
         pids.map(Belongings::of)
     };
     let before = round(&mut first, &mut second);
@@ -693,7 +871,14 @@ fn environment_variables_do_not_change_instance() {
     let mut first = Actor::start_instance(&name);
     first.expect("start 0", "first");
     let mut second = Actor::start_instance_with(&name, |command| {
-        for variable in ["TMPDIR", "TMP", "HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "XDG_CACHE_HOME"] {
+        for variable in [
+            "TMPDIR",
+            "TMP",
+            "HOME",
+            "XDG_RUNTIME_DIR",
+            "XDG_STATE_HOME",
+            "XDG_CACHE_HOME",
+        ] {
             command.env(variable, directory.path());
         }
     });
@@ -703,10 +888,13 @@ fn environment_variables_do_not_change_instance() {
 
 #[test]
 fn first_instance_rejects_other_user() {
-    let Some(stranger) = another_user() else { return };
+    let Some(stranger) = another_user() else {
+        return;
+    };
     let name = name();
     let first = first(&name);
-    let mut intruder = Actor::start_rogue(["intrude", &format!("{}/{name}", my_uid())], stranger.uid);
+    let mut intruder =
+        Actor::start_rogue(["intrude", &format!("{}/{name}", my_uid())], stranger.uid);
     assert_eq!(intruder.answer(), "connected");
     let mut sender = Actor::start_instance(&name);
     sender.tell("start 30000");
@@ -717,8 +905,12 @@ fn first_instance_rejects_other_user() {
 
 #[test]
 fn c1_overflow_uid_is_not_trusted_with_activations() {
-    let Some(stranger) = another_user() else { return };
-    let Some(inside) = UserNamespace::new(4_000_000) else { return };
+    let Some(stranger) = another_user() else {
+        return;
+    };
+    let Some(inside) = UserNamespace::new(4_000_000) else {
+        return;
+    };
     let (last, name) = (UserNamespace::LAST, name());
     // Inside, a stranger outside looks like the same user.
     let mut pretender = Actor::start_rogue(["pretend", &format!("{last}/{name}")], stranger.uid);
@@ -742,17 +934,24 @@ fn c1_overflow_uid_is_not_trusted_with_activations() {
 
 #[test]
 fn activate_sends_nothing_to_instance_of_other_user() {
-    let Some(stranger) = another_user() else { return };
+    let Some(stranger) = another_user() else {
+        return;
+    };
     let name = name();
-    let mut pretender = Actor::start_rogue(["pretend", &format!("{}/{name}", my_uid())], stranger.uid);
+    let mut pretender =
+        Actor::start_rogue(["pretend", &format!("{}/{name}", my_uid())], stranger.uid);
     assert_eq!(pretender.answer(), "listening");
     let foreign = |error: lockkit::Error| match error.kind() {
-        ErrorKind::ForeignOwner { uid, pid, .. } => assert_eq!((*uid, *pid), (stranger.uid, Some(pretender.pid()))),
+        ErrorKind::ForeignOwner { uid, pid, .. } => {
+            assert_eq!((*uid, *pid), (stranger.uid, Some(pretender.pid())))
+        }
         _ => panic!("{error}"),
     };
     foreign(Instance::enter(&name).unwrap_err());
     let lock = NamedLock::new(&name).unwrap();
-    let holder = lock.try_lock().expect("who cannot receive does not keep the name");
+    let holder = lock
+        .try_lock()
+        .expect("who cannot receive does not keep the name");
     foreign(second(&name).activate(&in_time()).unwrap_err());
     drop(holder);
     for _ in 0..2 {
@@ -774,7 +973,9 @@ fn closed(mut connection: &UnixStream) -> Vec<u8> {
     connection.set_read_timeout(Some(LIVELY)).unwrap();
     let mut said = Vec::new();
     match connection.read_to_end(&mut said) {
-        Err(error) if error.kind() != std::io::ErrorKind::ConnectionReset => panic!("it is not closed: {error}"),
+        Err(error) if error.kind() != std::io::ErrorKind::ConnectionReset => {
+            panic!("it is not closed: {error}")
+        }
         _ => said,
     }
 }
@@ -800,10 +1001,17 @@ fn malformed_requests_are_rejected_at_once() {
     ] {
         let mut rogue = call(my_uid(), &name);
         let _ = rogue.write_all(&bad);
-        assert_eq!(closed(&rogue), not_understood, "{:?}", &bad[..bad.len().min(20)]);
+        assert_eq!(
+            closed(&rogue),
+            not_understood,
+            "{:?}",
+            &bad[..bad.len().min(20)]
+        );
         second.expect("start 30000", &answered(&second));
     }
-    until("the first has closed all", || Belongings::of(first.pid()) == before);
+    until("the first has closed all", || {
+        Belongings::of(first.pid()) == before
+    });
 }
 
 #[test]
@@ -823,9 +1031,11 @@ fn silent_or_partial_peers_do_not_delay_second_instance() {
     second.expect("start 30000", &answered(&second));
     let now = Belongings::of(first.pid()).descriptors();
     assert!(now <= before + 32, "{now} descriptors, {before} before");
-    // A first instance also closes idle connections when no other process waits for it, although their peers keep them
-    // open.
-    until("the first has closed all", || Belongings::of(first.pid()).descriptors() == before);
+    // A first instance also closes idle connections when no other process waits for it, although
+    // their peers keep them open.
+    until("the first has closed all", || {
+        Belongings::of(first.pid()).descriptors() == before
+    });
     assert!(idle.iter().all(|rogue| closed(rogue).is_empty()));
 }
 
@@ -845,11 +1055,24 @@ fn descriptors_sent_with_request_are_not_received() {
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [sent.as_fd()];
     assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
-    rustix::net::sendmsg(&rogue, &[IoSlice::new(&empty_request())], &mut control, SendFlags::empty()).unwrap();
+    rustix::net::sendmsg(
+        &rogue,
+        &[IoSlice::new(&empty_request())],
+        &mut control,
+        SendFlags::empty(),
+    )
+    .unwrap();
     drop(sent);
     let taken = first.ask("take 30000");
-    assert!(taken.starts_with(&format!("taken {} {} ", my_uid(), std::process::id())), "{taken}");
-    assert_eq!(end.read(&mut [0]).unwrap(), 0, "nobody has the other end any more");
+    assert!(
+        taken.starts_with(&format!("taken {} {} ", my_uid(), std::process::id())),
+        "{taken}"
+    );
+    assert_eq!(
+        end.read(&mut [0]).unwrap(),
+        0,
+        "nobody has the other end any more"
+    );
     first.expect("answer fine", "done");
     let mut said = Vec::new();
     rogue.read_to_end(&mut said).unwrap();
@@ -875,7 +1098,10 @@ fn activate_malformed_answer_fails() {
         let (mut connection, _) = listener.accept().unwrap();
         connection.write_all(&nonsense).unwrap();
         let error = sender.join().unwrap().unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::NotHandled { .. }), "{error}");
+        assert!(
+            matches!(error.kind(), ErrorKind::NotHandled { .. }),
+            "{error}"
+        );
         assert!(error.to_string().contains(problem), "{error}");
     }
 }
@@ -889,23 +1115,36 @@ fn activate_with_truncated_answer_fails_without_retry() {
         let second = second(&name);
         let sender = std::thread::spawn(move || second.activate(&in_time()));
         let (mut connection, _) = listener.accept().unwrap();
-        // The test reads the complete request, because a close with unread data ends the connection differently.
+        // The test reads the complete request, because a close with unread data ends the connection
+        // differently.
         let mut header = [0; 12];
         connection.read_exact(&mut header).unwrap();
         let length = u32::from_le_bytes(header[8..].try_into().unwrap());
-        connection.read_exact(&mut vec![0; length as usize]).unwrap();
+        connection
+            .read_exact(&mut vec![0; length as usize])
+            .unwrap();
         connection.write_all(&frame(1, 2, 1000, &[0; 500])).unwrap();
         let _holder = is_held.then_some(holder);
         if is_held {
             drop(connection);
             let error = sender.join().unwrap().unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::NotHandled { .. }), "{error}");
+            assert!(
+                matches!(error.kind(), ErrorKind::NotHandled { .. }),
+                "{error}"
+            );
             assert!(error.to_string().contains("is incomplete"), "{error}");
             listener.set_nonblocking(true).unwrap();
-            assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "it called again");
+            assert_eq!(
+                listener.accept().unwrap_err().kind(),
+                std::io::ErrorKind::WouldBlock,
+                "it called again"
+            );
         } else {
             drop((connection, listener));
-            assert!(matches!(sender.join().unwrap().unwrap(), Outcome::BecameFirst(_)));
+            assert!(matches!(
+                sender.join().unwrap().unwrap(),
+                Outcome::BecameFirst(_)
+            ));
         }
     }
 }
@@ -919,13 +1158,26 @@ fn answer_not_read_by_sender_fails_in_bounded_time() {
     let activation = next(&first);
     let start = Instant::now();
     let error = activation.answer(&vec![0; MOST_BYTES]).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Io { action: "answer", .. }), "{error}");
+    assert!(
+        matches!(
+            error.kind(),
+            ErrorKind::Io {
+                action: "answer",
+                ..
+            }
+        ),
+        "{error}"
+    );
     assert!(start.elapsed() < LIVELY);
 }
 
 #[test]
 fn sender_in_other_pid_namespace_has_no_pid() {
-    if !Command::new("unshare").args(["--pid", "--fork", "true"]).status().is_ok_and(|status| status.success()) {
+    if !Command::new("unshare")
+        .args(["--pid", "--fork", "true"])
+        .status()
+        .is_ok_and(|status| status.success())
+    {
         lockkit_tests::left_out("this machine makes no pid namespaces for the test");
         return;
     }
@@ -933,8 +1185,13 @@ fn sender_in_other_pid_namespace_has_no_pid() {
     let mut first = Actor::start_instance_with(&name, |command| {
         let actor = command.get_program().to_owned();
         *command = Command::new("unshare");
-        command.args(["--pid", "--fork", "--kill-child"]).arg(actor).args(["instance", &name]);
-        command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        command
+            .args(["--pid", "--fork", "--kill-child"])
+            .arg(actor)
+            .args(["instance", &name]);
+        command
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped());
     });
     first.expect("enter", "first");
     let mut second = Actor::start_instance(&name);

@@ -1,4 +1,5 @@
-//! Lock managers: the cases of all managers, every case of the suite for their locks, and cases of their own.
+//! Lock managers: the cases of all managers, every case of the suite for their locks, and cases of
+//! their own.
 
 use lockkit_tests::{conformance, managers, shared_managers};
 
@@ -45,7 +46,10 @@ mod in_a_directory {
         let path = |name: &str| directory.path().join(name);
         let refused = || {
             let error = FileLockManager::open(directory.path()).unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error}");
+            assert!(
+                matches!(error.kind(), ErrorKind::LayoutMismatch { .. }),
+                "{error}"
+            );
         };
         std::fs::write(path("17.lock"), "").unwrap();
         refused();
@@ -61,7 +65,14 @@ mod in_a_directory {
         // A killed `create` leaves an empty file.
         let first = FileLockManager::open(directory.path()).unwrap();
         assert_eq!(first.allocate().unwrap().id(), 0);
-        assert_eq!(FileLockManager::open(directory.path()).unwrap().allocate().unwrap().id(), 1);
+        assert_eq!(
+            FileLockManager::open(directory.path())
+                .unwrap()
+                .allocate()
+                .unwrap()
+                .id(),
+            1
+        );
         assert!(FileLockManager::open(path("next")).is_err());
         assert!(FileLockManager::open(path("absent")).is_err());
         assert!(FileLockManager::create(directory.path()).is_err());
@@ -76,15 +87,22 @@ mod in_a_directory {
 
         let directory = tempfile::tempdir().unwrap();
         for mode in [0o777, 0o770, 0o1777] {
-            std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+            std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(mode))
+                .unwrap();
             let error = FileLockManager::open(directory.path()).unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::Insecure { .. }), "{error}");
+            assert!(
+                matches!(error.kind(), ErrorKind::Insecure { .. }),
+                "{error}"
+            );
         }
         std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
         if let Some(other) = another_user() {
             std::os::unix::fs::chown(directory.path(), Some(other.uid), None).unwrap();
             let error = FileLockManager::open(directory.path()).unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::ForeignOwner { .. }), "{error}");
+            assert!(
+                matches!(error.kind(), ErrorKind::ForeignOwner { .. }),
+                "{error}"
+            );
         }
     }
 
@@ -97,7 +115,12 @@ mod in_a_directory {
             let mut holder = Actor::start_at(&table);
             holder.expect(&format!("lock {id}"), "held");
             holder.kill();
-            if all { manager.free_all() } else { manager.retrieve(id).unwrap().free() }.unwrap();
+            if all {
+                manager.free_all()
+            } else {
+                manager.retrieve(id).unwrap().free()
+            }
+            .unwrap();
             assert!(table.has_no_lock_files());
         }
         table.clean();
@@ -110,7 +133,10 @@ mod in_a_directory {
         }
         let directory = tempfile::tempdir().unwrap();
         for step in 1.. {
-            let table = Table::at(Kind::Directory, directory.path().join(step.to_string()).to_str().unwrap());
+            let table = Table::at(
+                Kind::Directory,
+                directory.path().join(step.to_string()).to_str().unwrap(),
+            );
             let mut victim = Actor::start_at(&table);
             victim.expect(&format!("kill-at {step}"), "armed");
             let answer = victim.ask("open");
@@ -150,18 +176,24 @@ mod shared_memory {
         ShmLockManager::create(table.path(), 100).unwrap();
         let bytes = std::fs::read(table.path()).unwrap();
         for flags in [MemfdFlags::ALLOW_SEALING, MemfdFlags::empty()] {
-            let file = std::fs::File::from(memfd_create("lockkit-test", flags | MemfdFlags::CLOEXEC).unwrap());
+            let file = std::fs::File::from(
+                memfd_create("lockkit-test", flags | MemfdFlags::CLOEXEC).unwrap(),
+            );
             file.write_all_at(&bytes, 0).unwrap();
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             let manager = ShmLockManager::open(&path).unwrap();
             let guard = manager.allocate().unwrap().lock().unwrap();
-            // On a file that allows no seals these truncations would succeed, and this process would not survive them.
+            // On a file that allows no seals these truncations would succeed, and this process
+            // would not survive them.
             if flags == MemfdFlags::ALLOW_SEALING {
                 for length in [0, bytes.len() as u64 - 1] {
                     assert_eq!(ftruncate(&file, length), Err(rustix::io::Errno::PERM));
                 }
             }
-            assert_eq!(ShmLockManager::open(&path).unwrap().held().unwrap().len(), 1);
+            assert_eq!(
+                ShmLockManager::open(&path).unwrap().held().unwrap().len(),
+                1
+            );
             guard.release().unwrap();
         }
         table.clean();
@@ -170,11 +202,24 @@ mod shared_memory {
     #[test]
     fn create_existing_path_fails_and_open_missing_path_fails() {
         let table = Kind::Shm.fresh();
-        assert_eq!(io_kind(&ShmLockManager::open(table.path()).unwrap_err()), Some(Io::NotFound));
+        assert_eq!(
+            io_kind(&ShmLockManager::open(table.path()).unwrap_err()),
+            Some(Io::NotFound)
+        );
         let manager = ShmLockManager::create(table.path(), 10).unwrap();
         assert_eq!(manager.path(), table.path());
-        assert_eq!(io_kind(&ShmLockManager::create(table.path(), 10).unwrap_err()), Some(Io::AlreadyExists));
-        assert_eq!(std::fs::metadata(table.path()).unwrap().permissions().mode() & 0o7777, 0o600);
+        assert_eq!(
+            io_kind(&ShmLockManager::create(table.path(), 10).unwrap_err()),
+            Some(Io::AlreadyExists)
+        );
+        assert_eq!(
+            std::fs::metadata(table.path())
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o7777,
+            0o600
+        );
         table.clean();
     }
 
@@ -183,7 +228,10 @@ mod shared_memory {
         let table = Kind::Shm.fresh();
         for capacity in [0, (1 << 24) + 1, u32::MAX] {
             let error = ShmLockManager::create(table.path(), capacity).unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::InvalidCapacity { .. }), "{error}");
+            assert!(
+                matches!(error.kind(), ErrorKind::InvalidCapacity { .. }),
+                "{error}"
+            );
             assert!(!table.path().exists());
         }
     }
@@ -192,7 +240,12 @@ mod shared_memory {
     fn open_returns_capacity_of_creator() {
         let table = Kind::Shm.fresh();
         table.open_with(10);
-        assert_eq!(ShmLockManager::open_or_create(table.path(), 500).unwrap().capacity(), 10);
+        assert_eq!(
+            ShmLockManager::open_or_create(table.path(), 500)
+                .unwrap()
+                .capacity(),
+            10
+        );
         let mut other = Actor::start_at(&table);
         assert!(other.ask("allocate-at 10").starts_with("error NoSuchLock"));
         other.expect("allocate-at 9", "allocated 9");
@@ -202,14 +255,22 @@ mod shared_memory {
     #[test]
     fn concurrent_open_or_create_makes_one_table() {
         for round in 0..60 {
-            let table = if round % 2 == 0 { Kind::Shm } else { Kind::Directory }.fresh();
+            let table = if round % 2 == 0 {
+                Kind::Shm
+            } else {
+                Kind::Directory
+            }
+            .fresh();
             let mut racers: Vec<_> = (0..8).map(|_| Actor::start_at(&table)).collect();
             for racer in &mut racers {
                 racer.tell("allocate");
             }
             let ids: BTreeSet<String> = racers.iter_mut().map(|racer| racer.answer()).collect();
             assert_eq!(ids.len(), 8, "{ids:?}");
-            assert!(ids.iter().all(|answer| answer.starts_with("allocated ")), "{ids:?}");
+            assert!(
+                ids.iter().all(|answer| answer.starts_with("allocated ")),
+                "{ids:?}"
+            );
             table.clean();
         }
     }
@@ -224,13 +285,20 @@ mod shared_memory {
     fn open_table_with_wrong_size_or_header_is_refused() {
         let table = Kind::Shm.fresh();
         assert_eq!(opened_elsewhere(&table.path()), "opened");
-        let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(table.path())
+            .unwrap();
         let size = file.metadata().unwrap().len();
         let mut header = [0; 20];
         file.read_exact_at(&mut header, 0).unwrap();
         let refused = |what: &str| {
             let answer = opened_elsewhere(&table.path());
-            assert!(answer.starts_with("error LayoutMismatch"), "{what}: {answer}");
+            assert!(
+                answer.starts_with("error LayoutMismatch"),
+                "{what}: {answer}"
+            );
         };
         for length in [0, 7, 4096, size / 2, size - 1, size + 4096] {
             file.set_len(length).unwrap();
@@ -277,7 +345,9 @@ mod shared_memory {
 
     #[test]
     fn full_file_system_fails_allocate_and_kills_no_process() {
-        let Some(disk) = SmallDisk::mount("size=1m") else { return };
+        let Some(disk) = SmallDisk::mount("size=1m") else {
+            return;
+        };
         let table = Table::at(Kind::Shm, disk.path().join("table").to_str().unwrap());
         let manager = table.open_with(1_000_000);
         let mut other = Actor::start_at(&table);
@@ -291,11 +361,24 @@ mod shared_memory {
         assert_eq!(io_kind(&error), Some(Io::StorageFull), "{error}");
         assert_eq!(manager.available().unwrap(), Some(1_000_000));
         // A lock that has its file already continues to work.
-        assert!(manager.retrieve(0).unwrap().try_lock().unwrap_err().is_held());
+        assert!(
+            manager
+                .retrieve(0)
+                .unwrap()
+                .try_lock()
+                .unwrap_err()
+                .is_held()
+        );
         other.expect("release 0", "ok");
         drop(manager.retrieve(63).unwrap().lock().unwrap());
         filler.set_len(0).unwrap();
-        manager.allocate_at(500_000).unwrap().lock().unwrap().release().unwrap();
+        manager
+            .allocate_at(500_000)
+            .unwrap()
+            .lock()
+            .unwrap()
+            .release()
+            .unwrap();
         drop((other, filler));
     }
 
@@ -331,7 +414,11 @@ mod shared_memory {
                 assert_eq!(opened_elsewhere(&path), "opened");
                 std::fs::remove_file(&path).unwrap();
             }
-            assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "litter after step {step}");
+            assert_eq!(
+                std::fs::read_dir(directory.path()).unwrap().count(),
+                0,
+                "litter after step {step}"
+            );
             if answer != "gone" {
                 assert!(step > 5, "only {step} steps");
                 return;
@@ -344,7 +431,11 @@ mod shared_memory {
         let table = Kind::Shm.fresh();
         ShmLockManager::create(table.path(), 10).unwrap();
         // This locks the other slots, as 4094 processes would.
-        let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(table.path())
+            .unwrap();
         let everybody = nix::libc::flock {
             l_type: nix::libc::F_WRLCK as i16,
             l_whence: nix::libc::SEEK_SET as i16,
@@ -371,9 +462,15 @@ mod shared_memory {
         for step in 1.. {
             let table = Kind::Shm.fresh();
             assert_eq!(opened_elsewhere(&table.path()), "opened");
-            let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
-            let write = |number: u32, at: u64| file.write_all_at(&number.to_ne_bytes(), at).unwrap();
-            // Slot 7 is at its last generation, and its first one still holds a lock of a process that died long ago.
+            let file = std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open(table.path())
+                .unwrap();
+            let write =
+                |number: u32, at: u64| file.write_all_at(&number.to_ne_bytes(), at).unwrap();
+            // Slot 7 is at its last generation, and its first one still holds a lock of a process
+            // that died long ago.
             let cells = file.metadata().unwrap().len() - 2 * 4096;
             Actor::start_at(&table).expect("try 0", "held");
             write((1 << 17) - 1, first_slot + 7 * slot_size);
@@ -384,7 +481,11 @@ mod shared_memory {
             let answer = victim.ask("open");
             victim.kill();
             write(7, next_slot);
-            assert_eq!(Actor::start_at(&table).ask("try 0"), "held recovered 0", "killed at step {step}");
+            assert_eq!(
+                Actor::start_at(&table).ask("try 0"),
+                "held recovered 0",
+                "killed at step {step}"
+            );
             table.clean();
             if answer != "gone" {
                 assert!(step > 3, "only {step} steps");
@@ -410,7 +511,14 @@ mod shared_memory {
         let lock = first.allocate().unwrap();
         let guard = lock.lock().unwrap();
         let again = ShmLockManager::open(table.path()).unwrap();
-        assert!(again.retrieve(lock.id()).unwrap().try_lock().unwrap_err().is_held());
+        assert!(
+            again
+                .retrieve(lock.id())
+                .unwrap()
+                .try_lock()
+                .unwrap_err()
+                .is_held()
+        );
         assert_eq!(descriptors(), 1);
         drop(guard);
         table.clean();
@@ -426,7 +534,11 @@ mod shared_memory {
             waiter.tell_to_wait("lock 3");
             holder.kill();
             until("the waiter holds it", || {
-                manager.held().unwrap().iter().any(|held| held.owner().pid() == waiter.pid())
+                manager
+                    .held()
+                    .unwrap()
+                    .iter()
+                    .any(|held| held.owner().pid() == waiter.pid())
             });
             assert_eq!(waiter.answer(), format!("held recovered {}", holder.pid()));
             waiter.expect("release 3", "ok");

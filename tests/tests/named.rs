@@ -71,14 +71,26 @@ fn new_with_invalid_name_fails_with_its_rule() {
 #[test]
 fn longest_name_works_on_every_backend() {
     let backends = [NATIVE, Backend::File];
-    for (scope, backend) in [Scope::User, Scope::Machine].into_iter().flat_map(|scope| backends.map(|b| (scope, b))) {
+    for (scope, backend) in [Scope::User, Scope::Machine]
+        .into_iter()
+        .flat_map(|scope| backends.map(|b| (scope, b)))
+    {
         let name = format!("{:x<80}", fresh_name("lockkit-test"));
-        let lock = NamedLock::builder(&name).scope(scope).backend(backend).build().unwrap();
+        let lock = NamedLock::builder(&name)
+            .scope(scope)
+            .backend(backend)
+            .build()
+            .unwrap();
         let guard = lock.lock().unwrap();
         assert!(lock.try_lock().unwrap_err().is_held());
         drop(guard);
-        for kind in
-            [Kind::NAMED_SOCKET, Kind::NAMED_FILE, Kind::MACHINE_SOCKET, Kind::MACHINE_FILE].map(|kind| kind.name())
+        for kind in [
+            Kind::NAMED_SOCKET,
+            Kind::NAMED_FILE,
+            Kind::MACHINE_SOCKET,
+            Kind::MACHINE_FILE,
+        ]
+        .map(|kind| kind.name())
         {
             Spec::parse(&format!("{kind}:{name}")).clean();
         }
@@ -94,9 +106,18 @@ fn owner_is_known_while_held_and_named_in_error() {
         holder.expect("lock", "held");
         other.expect("owner", &format!("owner {}", holder.pid()));
         let held = other.ask("try");
-        assert!(held.contains(&format!("is held by pid {} (actor{EXE_SUFFIX}), since ", holder.pid())), "{held}");
+        assert!(
+            held.contains(&format!(
+                "is held by pid {} (actor{EXE_SUFFIX}), since ",
+                holder.pid()
+            )),
+            "{held}"
+        );
         let timeout = other.ask("lock-for 1");
-        assert!(timeout.contains(&format!("by pid {} (actor{EXE_SUFFIX})", holder.pid())), "{timeout}");
+        assert!(
+            timeout.contains(&format!("by pid {} (actor{EXE_SUFFIX})", holder.pid())),
+            "{timeout}"
+        );
         other.tell_to_wait("lock");
         holder.expect("release", "released");
         assert_eq!(other.answer(), "held");
@@ -129,17 +150,28 @@ fn waiters_are_served_in_order_of_arrival() {
 fn list_reports_held_names_with_waiters() {
     for (kind, backend) in OWN.into_iter().zip([NATIVE, Backend::File]) {
         let spec = kind.fresh();
-        let listed = || NamedLock::list(Scope::User).unwrap().into_iter().find(|found| found.name() == spec.at());
+        let listed = || {
+            NamedLock::list(Scope::User)
+                .unwrap()
+                .into_iter()
+                .find(|found| found.name() == spec.at())
+        };
         assert!(listed().is_none(), "free");
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
         let mut waiters = [0; 3].map(|_| Actor::start(&spec));
-        waiters.iter_mut().for_each(|waiter| waiter.tell_to_wait("lock"));
+        waiters
+            .iter_mut()
+            .for_each(|waiter| waiter.tell_to_wait("lock"));
         let found = listed().unwrap();
         assert_eq!((found.backend(), found.scope()), (backend, Scope::User));
         assert_eq!(found.owner().unwrap().unwrap().pid(), holder.pid());
-        // Only the system knows the waiters of a mutex or of flock, and Windows does not report them.
-        assert_eq!(found.waiters().unwrap(), if cfg!(target_os = "linux") { 3 } else { 0 });
+        // Only the system knows the waiters of a mutex or of flock, and Windows does not report
+        // them.
+        assert_eq!(
+            found.waiters().unwrap(),
+            if cfg!(target_os = "linux") { 3 } else { 0 }
+        );
         drop((holder, waiters));
         until("nobody holds it", || listed().is_none());
     }
@@ -150,14 +182,20 @@ fn list_reports_held_names_with_waiters() {
 fn name_holder_records_supervised_child() {
     for (kind, backend) in OWN.into_iter().zip([NATIVE, Backend::File]) {
         let spec = kind.fresh();
-        let lock = NamedLock::builder(spec.at()).backend(backend).build().unwrap();
+        let lock = NamedLock::builder(spec.at())
+            .backend(backend)
+            .build()
+            .unwrap();
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let guard = lock.lock().unwrap();
         guard.name_holder(&lockkit::Owner::of(child.id()).unwrap().with_program("work"));
         let owner = lock.owner().unwrap().unwrap();
         assert_eq!((owner.pid(), owner.program()), (child.id(), Some("work")));
         drop(guard.descriptor().unwrap());
-        assert!(lock.try_lock().unwrap_err().is_held(), "closing the copy frees nothing");
+        assert!(
+            lock.try_lock().unwrap_err().is_held(),
+            "closing the copy frees nothing"
+        );
         child.kill().unwrap();
         child.wait().unwrap();
         guard.release().unwrap();
@@ -236,12 +274,19 @@ fn release_with_queue_full_of_dead_waiters_serves_next_waiter() {
 #[cfg(target_os = "linux")]
 #[test]
 fn acquire_name_of_other_user_fails_with_foreign_owner() {
-    let Some(stranger) = another_user() else { return };
+    let Some(stranger) = another_user() else {
+        return;
+    };
     let spec = Kind::NAMED_SOCKET.fresh();
-    let mut squatter = Actor::start_rogue(["squat", &abstract_name(my_uid(), spec.at())], stranger.uid);
+    let mut squatter =
+        Actor::start_rogue(["squat", &abstract_name(my_uid(), spec.at())], stranger.uid);
     assert_eq!(squatter.answer(), "squatting");
     let lock = spec.open();
-    for wait in [Wait::none(), Wait::forever(), Wait::at_most(Duration::from_secs(10))] {
+    for wait in [
+        Wait::none(),
+        Wait::forever(),
+        Wait::at_most(Duration::from_secs(10)),
+    ] {
         let error = lock.acquire(&wait).err().unwrap();
         match error.kind() {
             ErrorKind::ForeignOwner { uid, pid, .. } => {
@@ -258,11 +303,14 @@ fn acquire_name_of_other_user_fails_with_foreign_owner() {
 #[cfg(target_os = "linux")]
 #[test]
 fn release_skips_connection_of_other_user() {
-    let Some(stranger) = another_user() else { return };
+    let Some(stranger) = another_user() else {
+        return;
+    };
     let spec = Kind::NAMED_SOCKET.fresh();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
     holder.expect("lock", "held");
-    let mut rogue = Actor::start_rogue(["queue", &abstract_name(my_uid(), spec.at())], stranger.uid);
+    let mut rogue =
+        Actor::start_rogue(["queue", &abstract_name(my_uid(), spec.at())], stranger.uid);
     assert_eq!(rogue.answer(), "queued");
     waiter.tell_to_wait("lock");
     holder.expect("release", "released");
@@ -275,7 +323,11 @@ fn release_skips_connection_of_other_user() {
 #[test]
 fn user_names_are_separate_and_machine_names_shared() {
     let Some(user) = another_user() else { return };
-    for (kind, own) in OWN.map(|kind| (kind, true)).into_iter().chain(MACHINE.map(|kind| (kind, false))) {
+    for (kind, own) in OWN
+        .map(|kind| (kind, true))
+        .into_iter()
+        .chain(MACHINE.map(|kind| (kind, false)))
+    {
         let spec = kind.fresh();
         let mut mine = Actor::start(&spec);
         let mut theirs = Actor::start_as(&spec, user.uid);
@@ -299,7 +351,9 @@ fn user_names_are_separate_and_machine_names_shared() {
 #[cfg(target_os = "linux")]
 #[test]
 fn machine_wide_lock_of_any_first_user_is_open_to_all() {
-    let (Some(first), Some(second)) = (another_user(), another_user()) else { return };
+    let (Some(first), Some(second)) = (another_user(), another_user()) else {
+        return;
+    };
     for kind in MACHINE {
         let spec = kind.fresh();
         let mut died = Actor::start_as(&spec, first.uid);
@@ -323,11 +377,18 @@ fn processes_in_separate_pid_namespaces_share_name() {
         Actor::start_with(spec, |command| {
             let (program, spec) = (command.get_program().to_owned(), spec.invite());
             *command = Command::new("unshare");
-            command.args(["--pid", "--fork", "--kill-child"]).arg(program).arg(spec);
+            command
+                .args(["--pid", "--fork", "--kill-child"])
+                .arg(program)
+                .arg(spec);
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
         })
     };
-    if !Command::new("unshare").args(["--pid", "--fork", "true"]).status().is_ok_and(|status| status.success()) {
+    if !Command::new("unshare")
+        .args(["--pid", "--fork", "true"])
+        .status()
+        .is_ok_and(|status| status.success())
+    {
         lockkit_tests::left_out("this machine makes no pid namespaces for the test");
         return;
     }
@@ -357,14 +418,31 @@ fn processes_in_separate_pid_namespaces_share_name() {
     let mut there = Actor::start_with(&spec, |command| {
         let (program, spec) = (command.get_program().to_owned(), spec.invite());
         *command = Command::new("unshare");
-        command.args(["--pid", "--fork", "--kill-child", "setpriv", "--clear-groups"]);
-        command.args(["--reuid", &user.uid.to_string(), "--regid", &user.uid.to_string()]).arg(program).arg(spec);
+        command.args([
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "setpriv",
+            "--clear-groups",
+        ]);
+        command
+            .args([
+                "--reuid",
+                &user.uid.to_string(),
+                "--regid",
+                &user.uid.to_string(),
+            ])
+            .arg(program)
+            .arg(spec);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
     });
     let mut here = Actor::start_as(&spec, user.uid);
     here.expect("lock", "held");
     let held = there.ask("try");
-    assert!(held.contains("is held by a process of another pid namespace"), "{held}");
+    assert!(
+        held.contains("is held by a process of another pid namespace"),
+        "{held}"
+    );
     there.tell("lock");
     here.expect("release", "released");
     assert_eq!(there.answer(), "held");
@@ -422,9 +500,17 @@ fn named_lock_file_is_private_to_effective_user() {
     let mut actor = Actor::start_as(&spec, user.uid);
     actor.expect("try", "held");
     let [directory, _] = user.directories();
-    for (path, mode) in [(directory.clone(), 0o700), (directory.join(format!("{}.lock", spec.at())), 0o600)] {
+    for (path, mode) in [
+        (directory.clone(), 0o700),
+        (directory.join(format!("{}.lock", spec.at())), 0o600),
+    ] {
         let found = path.symlink_metadata().unwrap();
-        assert_eq!((found.uid(), found.mode() & 0o7777), (user.uid, mode), "{}", path.display());
+        assert_eq!(
+            (found.uid(), found.mode() & 0o7777),
+            (user.uid, mode),
+            "{}",
+            path.display()
+        );
     }
 }
 
@@ -464,16 +550,24 @@ fn acquire_with_linked_lock_file_fails() {
     let victim = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(victim.path(), "precious").unwrap();
     let spec = Kind::NAMED_FILE.fresh();
-    let [path] = &spec.files()[..] else { panic!("one file") };
+    let [path] = &spec.files()[..] else {
+        panic!("one file")
+    };
     drop(spec.open().acquire(&Wait::none()).unwrap());
     std::fs::remove_file(path).unwrap();
     symlink(victim.path(), path).unwrap();
     let error = spec.open().acquire(&Wait::none()).err().unwrap();
-    assert!(matches!(error.kind(), ErrorKind::Io { action: "open", .. }), "{error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::Io { action: "open", .. }),
+        "{error}"
+    );
     std::fs::remove_file(path).unwrap();
     std::fs::hard_link(victim.path(), path).unwrap();
     let error = spec.open().acquire(&Wait::none()).err().unwrap();
-    assert!(matches!(error.kind(), ErrorKind::Io { action: "open", .. }), "{error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::Io { action: "open", .. }),
+        "{error}"
+    );
     assert_eq!(std::fs::read_to_string(victim.path()).unwrap(), "precious");
     spec.clean();
 }
@@ -482,7 +576,9 @@ fn acquire_with_linked_lock_file_fails() {
 #[test]
 fn owner_query_on_fifo_does_not_block() {
     let spec = Kind::MACHINE_FILE.fresh();
-    let [path] = &spec.files()[..] else { panic!("one file") };
+    let [path] = &spec.files()[..] else {
+        panic!("one file")
+    };
     drop(spec.open().acquire(&Wait::none()).unwrap());
     std::fs::remove_file(path).unwrap();
     nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -539,7 +635,8 @@ fn acquire_after_lock_file_deletion_opens_new_file() {
     spec.clean();
 }
 
-/// Takes several measurements. The best must be within `limit`, because other tests run at the same time.
+/// Takes several measurements. The best must be within `limit`, because other tests run at the same
+/// time.
 #[cfg(target_os = "linux")]
 fn best_within(limit: Duration, mut measured: impl FnMut() -> Duration) {
     let times: Vec<Duration> = (0..5).map(|_| measured()).collect();
@@ -554,7 +651,11 @@ fn a13_names_used_once_leave_no_growth() {
     actor.expect("use-names 10000", "done");
     let [files, memory] = user.directories();
     assert!(!files.exists(), "records are in memory");
-    let left: Vec<_> = memory.read_dir().unwrap().map(|entry| entry.unwrap()).collect();
+    let left: Vec<_> = memory
+        .read_dir()
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .collect();
     assert_eq!(left.len(), 1, "{left:?}");
     assert!(left[0].metadata().unwrap().len() <= 8192);
 }
@@ -569,7 +670,11 @@ fn a13_held_lock_takes_at_most_one_kibibyte() {
     assert!(bytes <= 1024, "{bytes} bytes each");
     let mut other = Actor::start_as(&Kind::NAMED_SOCKET.fresh(), user.uid);
     let again = Spec::parse("named-socket:held-899");
-    assert!(Actor::start_as(&again, user.uid).ask("try").contains(&format!("by pid {}", actor.pid())));
+    assert!(
+        Actor::start_as(&again, user.uid)
+            .ask("try")
+            .contains(&format!("by pid {}", actor.pid()))
+    );
     actor.kill();
     // The records of dead holders remain for the next owners, and the other names find room.
     other.expect("use-names 2000", "done");
@@ -586,7 +691,13 @@ fn a13_damaged_table_of_records_breaks_no_lock() {
     let [_, memory] = user.directories();
     let spec = Kind::NAMED_SOCKET.fresh();
     let table = memory.join("records-1");
-    for damage in [vec![], vec![0xff; 3], vec![0xff; 8192], b"another format".repeat(1000), vec![0xff; 100_000]] {
+    for damage in [
+        vec![],
+        vec![0xff; 3],
+        vec![0xff; 8192],
+        b"another format".repeat(1000),
+        vec![0xff; 100_000],
+    ] {
         let mut first = Actor::start_as(&spec, user.uid);
         first.expect("lock", "held");
         first.expect("release", "released");
@@ -596,7 +707,8 @@ fn a13_damaged_table_of_records_breaks_no_lock() {
         std::fs::write(&table, &damage).unwrap();
         std::os::unix::fs::chown(&table, Some(user.uid), Some(user.uid)).unwrap();
         std::fs::set_permissions(&table, PermissionsExt::from_mode(0o600)).unwrap();
-        let [mut holder, mut waiter, mut other] = [(); 3].map(|()| Actor::start_as(&spec, user.uid));
+        let [mut holder, mut waiter, mut other] =
+            [(); 3].map(|()| Actor::start_as(&spec, user.uid));
         holder.expect("lock", "held");
         assert!(other.ask("try").starts_with("error Held"));
         waiter.tell_to_wait("lock");
@@ -617,22 +729,35 @@ fn b4_waiters_are_live_and_of_this_user_only() {
     let lock = NamedLock::new(spec.at()).unwrap();
     let guard = lock.lock().unwrap();
     let mut waiters = [0; 4].map(|_| Actor::start(&spec));
-    waiters.iter_mut().for_each(|waiter| waiter.tell_to_wait("lock"));
+    waiters
+        .iter_mut()
+        .for_each(|waiter| waiter.tell_to_wait("lock"));
     assert_eq!(lock.waiters().unwrap(), 4);
     // The waiters are: dead, given up, stopped, of another user, and a process that only queries.
     waiters[0].kill();
-    assert!(Actor::start(&spec).ask("lock-for 10").starts_with("error Timeout"));
+    assert!(
+        Actor::start(&spec)
+            .ask("lock-for 10")
+            .starts_with("error Timeout")
+    );
     lockkit_tests::stop(waiters[1].pid());
     let stranger = another_user().map(|user| {
-        let mut stranger = Actor::start_rogue(["queue", &abstract_name(my_uid(), spec.at())], user.uid);
+        let mut stranger =
+            Actor::start_rogue(["queue", &abstract_name(my_uid(), spec.at())], user.uid);
         assert_eq!(stranger.answer(), "queued");
         (user, stranger)
     });
     let looks = hostile::connect(&abstract_name(my_uid(), spec.at()));
     assert_eq!(lock.waiters().unwrap(), 3);
     let held = NamedLock::held(Scope::User).unwrap();
-    let held = held.iter().find(|held| held.lock().name() == spec.at()).unwrap();
-    assert_eq!((held.waiters(), held.owner().unwrap().pid()), (3, std::process::id()));
+    let held = held
+        .iter()
+        .find(|held| held.lock().name() == spec.at())
+        .unwrap();
+    assert_eq!(
+        (held.waiters(), held.owner().unwrap().pid()),
+        (3, std::process::id())
+    );
     drop((looks, stranger, waiters));
     assert_eq!(lock.waiters().unwrap(), 0);
     drop(guard);
@@ -655,7 +780,11 @@ fn b4_waiters_are_exact_behind_a_full_queue_of_dead() {
 fn b8_receiver_that_is_stopped_is_the_owner() {
     for kind in [Kind::NAMED_SOCKET, Kind::MACHINE_SOCKET] {
         let spec = kind.fresh();
-        let scope = if kind.name() == "named-socket" { Scope::User } else { Scope::Machine };
+        let scope = if kind.name() == "named-socket" {
+            Scope::User
+        } else {
+            Scope::Machine
+        };
         let lock = NamedLock::builder(spec.at()).scope(scope).build().unwrap();
         let guard = lock.lock().unwrap();
         let mut waiter = Actor::start(&spec);
@@ -664,8 +793,16 @@ fn b8_receiver_that_is_stopped_is_the_owner() {
         until("it is stopped", || lockkit_tests::is_stopped(waiter.pid()));
         drop(guard);
         let owner = lock.owner().unwrap().expect("the receiver");
-        assert_eq!((owner.pid(), owner.program(), owner.is_stopped()), (waiter.pid(), Some("actor"), true));
-        assert!(lock.try_lock().unwrap_err().to_string().contains(&format!("by pid {}", waiter.pid())));
+        assert_eq!(
+            (owner.pid(), owner.program(), owner.is_stopped()),
+            (waiter.pid(), Some("actor"), true)
+        );
+        assert!(
+            lock.try_lock()
+                .unwrap_err()
+                .to_string()
+                .contains(&format!("by pid {}", waiter.pid()))
+        );
         // The waiter dies before it runs as the holder, so its death is not reported.
         waiter.kill();
         let guard = lock.lock_for(lockkit_tests::LIVELY).unwrap();
@@ -687,7 +824,10 @@ fn b8_waiter_with_invalid_announcement_is_named_by_pid() {
     // This waiter counts itself, so that the release checks the queue.
     assert!(lock.lock_for(Duration::from_millis(1)).is_err());
     drop(guard);
-    assert_eq!(lock.owner().unwrap().map(|owner| owner.pid()), Some(std::process::id()));
+    assert_eq!(
+        lock.owner().unwrap().map(|owner| owner.pid()),
+        Some(std::process::id())
+    );
     drop(queued);
     drop(lock.lock_for(lockkit_tests::LIVELY).unwrap());
 }
@@ -732,9 +872,17 @@ fn a13_acquire_with_file_size_limit_still_excludes() {
         for blocks in ["4", "1", "0"] {
             let mut limited = Actor::start_with(&spec, |command| {
                 let script = format!("ulimit -f {blocks} && exec \"$0\" \"$1\"");
-                let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+                let (program, spec) = (
+                    command.get_program().to_owned(),
+                    command.get_args().next().unwrap().to_owned(),
+                );
                 *command = Command::new("bash");
-                command.args(["-c", &script]).arg(program).arg(spec).stdin(Stdio::piped()).stdout(Stdio::piped());
+                command
+                    .args(["-c", &script])
+                    .arg(program)
+                    .arg(spec)
+                    .stdin(Stdio::piped())
+                    .stdout(Stdio::piped());
             });
             for _ in 0..2 {
                 limited.expect("try", "held");
@@ -753,7 +901,10 @@ fn a13_acquire_with_file_size_limit_still_excludes() {
 fn c2_socket_that_blocks_does_not_block_release() {
     let Some(user) = another_user() else { return };
     let spec = Kind::MACHINE_SOCKET.fresh();
-    let mut rogue = Actor::start_rogue(["hand-over", &format!("lockkit/machine/{}", spec.at())], user.uid);
+    let mut rogue = Actor::start_rogue(
+        ["hand-over", &format!("lockkit/machine/{}", spec.at())],
+        user.uid,
+    );
     assert_eq!(rogue.answer(), "holds");
     let [mut victim, mut next] = [(); 2].map(|()| Actor::start(&spec));
     victim.tell("lock");
@@ -776,13 +927,17 @@ fn c2_lock_goes_from_user_to_user_in_turns() {
     let spec = Kind::MACHINE_SOCKET.fresh();
     let mut actors = [0, user.uid, 0, user.uid, 0].map(|uid| Actor::start_as(&spec, uid));
     actors[0].expect("lock", "held");
-    actors[1..].iter_mut().for_each(|actor| actor.tell_to_wait("lock"));
+    actors[1..]
+        .iter_mut()
+        .for_each(|actor| actor.tell_to_wait("lock"));
     let mut holder = 0;
     for _ in 1..5 {
         actors[holder].expect("release", "released");
         let mut next = None;
         until("one of the others holds", || {
-            next = (0..5).find(|at| *at != holder && actors[*at].is_busy() && actors[*at].answered().is_some());
+            next = (0..5).find(|at| {
+                *at != holder && actors[*at].is_busy() && actors[*at].answered().is_some()
+            });
             next.is_some()
         });
         holder = next.unwrap();
@@ -794,11 +949,15 @@ fn c2_lock_goes_from_user_to_user_in_turns() {
 #[cfg(target_os = "linux")]
 #[test]
 fn c1_socket_of_another_type_is_not_the_lock() {
-    for (kind, prefix) in
-        [(Kind::NAMED_SOCKET, format!("lockkit/u{}", my_uid())), (Kind::MACHINE_SOCKET, "lockkit/machine".to_owned())]
-    {
+    for (kind, prefix) in [
+        (Kind::NAMED_SOCKET, format!("lockkit/u{}", my_uid())),
+        (Kind::MACHINE_SOCKET, "lockkit/machine".to_owned()),
+    ] {
         let spec = kind.fresh();
-        let mut rogue = Actor::start_rogue(["hand-over-stream", &format!("{prefix}/{}", spec.at())], my_uid());
+        let mut rogue = Actor::start_rogue(
+            ["hand-over-stream", &format!("{prefix}/{}", spec.at())],
+            my_uid(),
+        );
         assert_eq!(rogue.answer(), "holds");
         let mut victim = Actor::start(&spec);
         victim.tell("lock-for 200");
@@ -813,8 +972,12 @@ fn c1_socket_of_another_type_is_not_the_lock() {
 #[cfg(target_os = "linux")]
 #[test]
 fn c1_overflow_uid_is_not_trusted_as_own_uid() {
-    let Some(stranger) = another_user() else { return };
-    let Some(inside) = UserNamespace::new(2_000_000) else { return };
+    let Some(stranger) = another_user() else {
+        return;
+    };
+    let Some(inside) = UserNamespace::new(2_000_000) else {
+        return;
+    };
     const LAST: u32 = UserNamespace::LAST;
     let spec = Kind::NAMED_SOCKET.fresh();
     let socket = abstract_name(LAST, spec.at());
@@ -836,7 +999,8 @@ fn c1_overflow_uid_is_not_trusted_as_own_uid() {
     other.expect("try", &format!("held recovered {}", one.pid()));
     other.expect("release", "released");
 
-    // A stranger outside, and a user of another namespace with the same number, do not count as holders to wait for.
+    // A stranger outside, and a user of another namespace with the same number, do not count as
+    // holders to wait for.
     let elsewhere = UserNamespace::new(3_000_000).unwrap();
     let outside = |socket: &str| Actor::start_rogue(["squat", socket], stranger.uid);
     let same_number = |socket: &str| elsewhere.start(LAST, &["squat", socket]);
@@ -858,7 +1022,9 @@ fn c1_overflow_uid_is_not_trusted_as_own_uid() {
         std::fs::set_permissions(&directory, PermissionsExt::from_mode(0o755)).unwrap();
         std::os::unix::fs::chown(&directory, Some(stranger.uid), Some(stranger.uid)).unwrap();
     }
-    let answer = inside.start(LAST, &[Kind::NAMED_FILE.fresh().invite()]).ask("try");
+    let answer = inside
+        .start(LAST, &[Kind::NAMED_FILE.fresh().invite()])
+        .ask("try");
     assert!(answer.starts_with("error ForeignOwner"), "{answer}");
     // Without records the lock works.
     inside.start(LAST, &[spec.invite()]).expect("try", "held");
@@ -899,14 +1065,23 @@ fn b9_list_is_complete_despite_queues_too_long_for_a_message() {
     }
     // The length of queues belongs to the network namespace, as names do.
     let script = "echo 65535 > /proc/sys/net/core/somaxconn && exec \"$0\" \"$1\"";
-    let allowed = Command::new("unshare").args(["--net", "sh", "-c", script, "true"]).stderr(Stdio::null()).status();
+    let allowed = Command::new("unshare")
+        .args(["--net", "sh", "-c", script, "true"])
+        .stderr(Stdio::null())
+        .status();
     if !allowed.is_ok_and(|status| status.success()) {
         return lockkit_tests::left_out("a network namespace is not allowed here");
     }
     let mut actor = Actor::start_with(&Kind::NAMED_SOCKET.fresh(), |command| {
-        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        let (program, spec) = (
+            command.get_program().to_owned(),
+            command.get_args().next().unwrap().to_owned(),
+        );
         *command = Command::new("unshare");
-        command.args(["--net", "sh", "-c", script]).arg(program).arg(spec);
+        command
+            .args(["--net", "sh", "-c", script])
+            .arg(program)
+            .arg(spec);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
     });
     assert!(actor.ask("hold-names 100").starts_with("bytes "));
@@ -917,7 +1092,13 @@ fn b9_list_is_complete_despite_queues_too_long_for_a_message() {
 #[test]
 fn b12_all_held_names_are_listed_in_one_pass() {
     let guards: Vec<_> = (0..400)
-        .map(|number| NamedLock::new(&format!("lockkit-test-many-{}-{number}", std::process::id())).unwrap())
+        .map(|number| {
+            NamedLock::new(&format!(
+                "lockkit-test-many-{}-{number}",
+                std::process::id()
+            ))
+            .unwrap()
+        })
         .map(|lock| lock.try_lock().unwrap())
         .collect();
     best_within(Duration::from_millis(100), || {
@@ -925,8 +1106,13 @@ fn b12_all_held_names_are_listed_in_one_pass() {
         let held = NamedLock::held(Scope::User).unwrap();
         let elapsed = start.elapsed();
         let mine = format!("lockkit-test-many-{}-", std::process::id());
-        let mine = held.iter().filter(|held| held.lock().name().starts_with(&mine));
-        let owned = mine.filter(|held| held.owner().is_some_and(|owner| owner.pid() == std::process::id()));
+        let mine = held
+            .iter()
+            .filter(|held| held.lock().name().starts_with(&mine));
+        let owned = mine.filter(|held| {
+            held.owner()
+                .is_some_and(|owner| owner.pid() == std::process::id())
+        });
         assert_eq!(owned.count(), guards.len());
         elapsed
     });
@@ -939,7 +1125,9 @@ fn c11_cleaner_leaves_files_of_machine_wide_locks() {
     let spec = Kind::MACHINE_FILE.fresh();
     let mut holder = Actor::start(&spec);
     holder.expect("lock", "held");
-    let [path] = &spec.files()[..] else { panic!("one file") };
+    let [path] = &spec.files()[..] else {
+        panic!("one file")
+    };
     assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o1666);
     let directory = tempfile::tempdir().unwrap();
     let [rules, age] = ["rules.conf", "aged"].map(|name| directory.path().join(name));
@@ -950,7 +1138,13 @@ fn c11_cleaner_leaves_files_of_machine_wide_locks() {
     std::fs::set_permissions(&kept, path.metadata().unwrap().permissions()).unwrap();
     std::fs::write(&removed, "").unwrap();
     std::fs::write(&rules, format!("e {} - - - 1ms\n", age.display())).unwrap();
-    let clean = || Command::new("systemd-tmpfiles").arg("--clean").arg(&rules).stderr(Stdio::null()).status();
+    let clean = || {
+        Command::new("systemd-tmpfiles")
+            .arg("--clean")
+            .arg(&rules)
+            .stderr(Stdio::null())
+            .status()
+    };
     if clean().is_err() {
         lockkit_tests::left_out("systemd-tmpfiles is not here");
         return;

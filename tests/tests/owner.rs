@@ -49,18 +49,29 @@ const BOOT: usize = 13;
 #[cfg(target_os = "linux")]
 const HOST: usize = 37;
 
-/// Creates a pidfile that names another owner than that of `path`: the bytes at `places` of its identity differ. No
-/// process has locked it.
+/// Creates a pidfile that names another owner than that of `path`: the bytes at `places` of its
+/// identity differ. No process has locked it.
 #[cfg(target_os = "linux")]
 fn with_other(path: &Path, places: &[usize]) -> PathBuf {
     let copy = path.with_extension("copy");
     fs::copy(path, &copy).unwrap();
     let written = fs::metadata(path).unwrap().modified().unwrap();
-    fs::File::options().write(true).open(&copy).unwrap().set_modified(written).unwrap();
+    fs::File::options()
+        .write(true)
+        .open(&copy)
+        .unwrap()
+        .set_modified(written)
+        .unwrap();
     let mut identity = [0; 256];
     let length = rustix::fs::getxattr(path, IDENTITY, &mut identity).unwrap();
     places.iter().for_each(|at| identity[*at] ^= 0x55);
-    rustix::fs::setxattr(&copy, IDENTITY, &identity[..length], rustix::fs::XattrFlags::empty()).unwrap();
+    rustix::fs::setxattr(
+        &copy,
+        IDENTITY,
+        &identity[..length],
+        rustix::fs::XattrFlags::empty(),
+    )
+    .unwrap();
     copy
 }
 
@@ -89,7 +100,10 @@ fn owner_liveness_follows_process() {
     let child = sleeper();
     let pid = child.id();
     let owner = Owner::of(pid).unwrap();
-    assert_eq!((owner.pid(), owner.liveness(), owner.acquired()), (pid, Liveness::Alive, None));
+    assert_eq!(
+        (owner.pid(), owner.liveness(), owner.acquired()),
+        (pid, Liveness::Alive, None)
+    );
     assert_eq!(owner, Owner::of(pid).unwrap());
     end(child);
     assert_eq!(owner.liveness(), Liveness::Dead);
@@ -146,12 +160,19 @@ fn liveness_of_killed_process_stays_dead() {
 fn liveness_of_other_users_process_is_alive() {
     if !is_root() {
         // The refusal of a signal proves that the process exists.
-        assert_eq!(Owner::of(1).expect("the first process").liveness(), Liveness::Alive);
+        assert_eq!(
+            Owner::of(1).expect("the first process").liveness(),
+            Liveness::Alive
+        );
         lockkit_tests::left_out("acting as yet another user needs root");
         return;
     }
     let (directory, _, spec) = place();
-    fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    fs::set_permissions(
+        directory.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
     // Another user checks root's process, by the owner's identity and by a bare pid.
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
@@ -161,7 +182,11 @@ fn liveness_of_other_users_process_is_alive() {
     fs::write(spec.at(), "1\n").unwrap();
     stranger.expect("owner", "owner 1");
     // Root checks another user's process.
-    let child = Command::new("sleep").arg("600").uid(NOBODY).spawn().unwrap();
+    let child = Command::new("sleep")
+        .arg("600")
+        .uid(NOBODY)
+        .spawn()
+        .unwrap();
     assert_eq!(Owner::of(child.id()).unwrap().liveness(), Liveness::Alive);
     end(child);
 }
@@ -175,8 +200,14 @@ fn liveness_of_reused_pid_is_dead() {
     assert_eq!(named(&path).liveness(), Liveness::Alive);
     let earlier = with_other(&path, &[START]);
     let owner = named(&earlier);
-    assert_eq!((owner.pid(), owner.liveness()), (holder.pid(), Liveness::Dead));
-    assert!(matches!(PidFile::inspect(&earlier).unwrap(), PidStatus::Stale(_)));
+    assert_eq!(
+        (owner.pid(), owner.liveness()),
+        (holder.pid(), Liveness::Dead)
+    );
+    assert!(matches!(
+        PidFile::inspect(&earlier).unwrap(),
+        PidStatus::Stale(_)
+    ));
     assert_eq!(Owner::of(holder.pid()).unwrap().liveness(), Liveness::Alive);
 }
 
@@ -189,25 +220,41 @@ fn pidfile_owner_is_dead_after_reboot_and_unknown_elsewhere() {
     let (_directory, path, spec) = place();
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
-    assert_eq!(named(&with_other(&path, &[BOOT])).liveness(), Liveness::Dead);
+    assert_eq!(
+        named(&with_other(&path, &[BOOT])).liveness(),
+        Liveness::Dead
+    );
     let owner = named(&with_other(&path, &[BOOT, HOST]));
     assert_eq!(owner.liveness(), Liveness::Unknown);
     assert_ne!(owner.host(), Owner::current().host());
-    assert!(owner.describe().contains(" on host "), "{}", owner.describe());
+    assert!(
+        owner.describe().contains(" on host "),
+        "{}",
+        owner.describe()
+    );
 }
 
 #[test]
 fn holder_in_other_pid_namespace_is_unknown_and_not_taken_over() {
-    let allowed = Command::new("unshare").args(["-p", "-f", "--kill-child", "true"]).stderr(Stdio::null()).status();
+    let allowed = Command::new("unshare")
+        .args(["-p", "-f", "--kill-child", "true"])
+        .stderr(Stdio::null())
+        .status();
     if !allowed.is_ok_and(|status| status.success()) {
         lockkit_tests::left_out("making a pid namespace is not allowed here");
         return;
     }
     let (_directory, path, spec) = place();
     let mut hidden = Actor::start_with(&spec, |command| {
-        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        let (program, spec) = (
+            command.get_program().to_owned(),
+            command.get_args().next().unwrap().to_owned(),
+        );
         *command = Command::new("unshare");
-        command.args(["-p", "-f", "--kill-child", "--mount-proc"]).arg(program).arg(spec);
+        command
+            .args(["-p", "-f", "--kill-child", "--mount-proc"])
+            .arg(program)
+            .arg(spec);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
     });
     hidden.expect("try", "held");
@@ -215,12 +262,16 @@ fn holder_in_other_pid_namespace_is_unknown_and_not_taken_over() {
     let owner = named(&path);
     assert_eq!((owner.pid(), owner.liveness()), (1, Liveness::Unknown));
     let text = owner.describe();
-    assert!(text.starts_with("pid 1 (actor) in another pid namespace, since "), "{text}");
+    assert!(
+        text.starts_with("pid 1 (actor) in another pid namespace, since "),
+        "{text}"
+    );
     assert!(!PidFile::remove_stale(&path).unwrap());
     let mut taker = Actor::start(&spec);
     assert!(taker.ask("try").starts_with("error Held"));
     taker.tell_to_wait("lock");
-    // After the kill this process still cannot look it up from here, but the kernel releases its lock on the file.
+    // After the kill this process still cannot look it up from here, but the kernel releases its
+    // lock on the file.
     hidden.kill();
     assert_eq!(taker.answer(), "held recovered 1");
     assert_eq!(owner.liveness(), Liveness::Unknown);
@@ -228,7 +279,10 @@ fn holder_in_other_pid_namespace_is_unknown_and_not_taken_over() {
 
 #[test]
 fn pidfile_of_outer_pid_namespace_not_taken_over_inside() {
-    let allowed = Command::new("unshare").args(["-p", "-f", "--kill-child", "true"]).stderr(Stdio::null()).status();
+    let allowed = Command::new("unshare")
+        .args(["-p", "-f", "--kill-child", "true"])
+        .stderr(Stdio::null())
+        .status();
     if !allowed.is_ok_and(|status| status.success()) {
         lockkit_tests::left_out("making a pid namespace is not allowed here");
         return;
@@ -237,9 +291,15 @@ fn pidfile_of_outer_pid_namespace_not_taken_over_inside() {
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
     let mut inside = Actor::start_with(&spec, |command| {
-        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        let (program, spec) = (
+            command.get_program().to_owned(),
+            command.get_args().next().unwrap().to_owned(),
+        );
         *command = Command::new("unshare");
-        command.args(["-p", "-f", "--kill-child", "--mount-proc"]).arg(program).arg(spec);
+        command
+            .args(["-p", "-f", "--kill-child", "--mount-proc"])
+            .arg(program)
+            .arg(spec);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
     });
     // The pid does not exist inside, and still no process there takes over the pidfile.
@@ -256,7 +316,13 @@ fn describe_includes_pid_program_and_time() {
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
     let text = named(&path).describe();
-    assert!(text.starts_with(&format!("pid {} (actor{EXE_SUFFIX}), since 2", holder.pid())), "{text}");
+    assert!(
+        text.starts_with(&format!(
+            "pid {} (actor{EXE_SUFFIX}), since 2",
+            holder.pid()
+        )),
+        "{text}"
+    );
     assert!(text.ends_with(" ago)"), "{text}");
 }
 
@@ -274,7 +340,14 @@ fn liveness_ignores_proc_of_another_pid_namespace() {
         path.display()
     );
     let allowed = Command::new("unshare")
-        .args(["-p", "-f", "--kill-child", "sh", "-c", "echo 100 > /proc/sys/kernel/ns_last_pid"])
+        .args([
+            "-p",
+            "-f",
+            "--kill-child",
+            "sh",
+            "-c",
+            "echo 100 > /proc/sys/kernel/ns_last_pid",
+        ])
         .stderr(Stdio::null())
         .status();
     if !allowed.is_ok_and(|status| status.success()) {
@@ -282,13 +355,24 @@ fn liveness_ignores_proc_of_another_pid_namespace() {
         return zombie.wait().map(drop).unwrap();
     }
     let mut inside = Actor::start_with(&spec, |command| {
-        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        let (program, spec) = (
+            command.get_program().to_owned(),
+            command.get_args().next().unwrap().to_owned(),
+        );
         *command = Command::new("unshare");
-        command.args(["-p", "-f", "--kill-child", "sh", "-c", &script]).arg(program).arg(spec);
+        command
+            .args(["-p", "-f", "--kill-child", "sh", "-c", &script])
+            .arg(program)
+            .arg(spec);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
     });
-    until("the file is written", || fs::read_to_string(&path).is_ok_and(|text| text.ends_with('\n')));
-    assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", zombie.id()));
+    until("the file is written", || {
+        fs::read_to_string(&path).is_ok_and(|text| text.ends_with('\n'))
+    });
+    assert_eq!(
+        fs::read_to_string(&path).unwrap(),
+        format!("{}\n", zombie.id())
+    );
     let answer = inside.ask("try");
     assert!(answer.starts_with("error Held"), "{answer}");
     inside.kill();

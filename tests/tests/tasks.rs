@@ -6,8 +6,8 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use lockkit::{
-    AsyncLock, Backend, CancelToken, ErrorKind, FileLock, InMemoryLockManager, Lease, LeaseGuard, LeaseStatus,
-    LockManager, LossReason, NamedLock, PidFile, Wait,
+    AsyncLock, Backend, CancelToken, ErrorKind, FileLock, InMemoryLockManager, Lease, LeaseGuard,
+    LeaseStatus, LockManager, LossReason, NamedLock, PidFile, Wait,
 };
 use lockkit_tests::async_conformance::runtime;
 use lockkit_tests::{Kind, LIVELY, fresh_name, task_suite};
@@ -56,7 +56,9 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 
 /// Builds a lease in a directory that lives as long as the test.
 fn lease(directory: &tempfile::TempDir) -> Lease {
-    Lease::file(directory.path().join("leader")).build().unwrap()
+    Lease::file(directory.path().join("leader"))
+        .build()
+        .unwrap()
 }
 
 #[test]
@@ -64,7 +66,8 @@ fn acquire_async_future_and_guard_are_send() {
     fn check<L: AsyncLock<Guard: Send + 'static> + Send + Sync + 'static>(lock: L) {
         let name = std::any::type_name::<L>();
         let taken = runtime("several").block_on(async {
-            let task = tokio::spawn(async move { lock.acquire_async(&Wait::at_most(LIVELY)).await });
+            let task =
+                tokio::spawn(async move { lock.acquire_async(&Wait::at_most(LIVELY)).await });
             task.await.unwrap().map(drop)
         });
         assert!(taken.is_ok(), "{name}: {taken:?}");
@@ -81,13 +84,19 @@ fn acquire_async_future_and_guard_are_send() {
 fn file_waiters_keep_runtime_blocking_threads_free() {
     let directory = tempfile::tempdir().unwrap();
     let lock = FileLock::new(directory.path().join("file"));
-    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
         let guard = lock.acquire_async(&Wait::none()).await.unwrap();
         let waiters: Vec<_> = (0..8)
             .map(|_| {
                 let lock = lock.clone();
-                tokio::spawn(async move { lock.acquire_async(&Wait::at_most(LIVELY)).await.map(drop) })
+                tokio::spawn(
+                    async move { lock.acquire_async(&Wait::at_most(LIVELY)).await.map(drop) },
+                )
             })
             .collect();
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -104,20 +113,39 @@ fn file_waiters_keep_runtime_blocking_threads_free() {
 fn acquire_async_without_runtime_fails_only_for_sockets() {
     if Kind::NAMED_SOCKET.left_out().is_none() {
         let spec = Kind::NAMED_SOCKET.fresh();
-        let lock = NamedLock::builder(spec.at()).backend(Backend::Socket).build().unwrap();
+        let lock = NamedLock::builder(spec.at())
+            .backend(Backend::Socket)
+            .build()
+            .unwrap();
         let error = block_on(lock.acquire_async(&Wait::none())).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}");
+        assert!(
+            matches!(error.kind(), ErrorKind::Unsupported { .. }),
+            "{error}"
+        );
         spec.clean();
     }
-    let others = [Kind::NAMED_FILE, Kind::FILE, Kind::PIDFILE, Kind::LEASE, Kind::SHM, Kind::DIRECTORY, Kind::MEMORY];
+    let others = [
+        Kind::NAMED_FILE,
+        Kind::FILE,
+        Kind::PIDFILE,
+        Kind::LEASE,
+        Kind::SHM,
+        Kind::DIRECTORY,
+        Kind::MEMORY,
+    ];
     for kind in others.into_iter().filter(|kind| kind.left_out().is_none()) {
         let spec = kind.fresh();
         let (lock, rival) = (spec.open(), spec.rival());
         // A table in memory belongs to its handle.
-        let rival = if kind.name() == "memory" { &lock } else { &rival };
+        let rival = if kind.name() == "memory" {
+            &lock
+        } else {
+            &rival
+        };
         let guard = rival.acquire(&Wait::none()).unwrap();
         std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| block_on(lock.acquire_async(&Wait::at_most(LIVELY))).map(drop));
+            let waiter =
+                scope.spawn(|| block_on(lock.acquire_async(&Wait::at_most(LIVELY))).map(drop));
             std::thread::sleep(Duration::from_millis(5));
             assert!(!waiter.is_finished());
             drop(guard);
@@ -125,7 +153,12 @@ fn acquire_async_without_runtime_fails_only_for_sockets() {
         });
         let token = CancelToken::new();
         token.cancel();
-        assert!(block_on(lock.acquire_async(&Wait::forever().or_cancelled(&token))).err().unwrap().is_cancelled());
+        assert!(
+            block_on(lock.acquire_async(&Wait::forever().or_cancelled(&token)))
+                .err()
+                .unwrap()
+                .is_cancelled()
+        );
         spec.clean();
     }
 }
@@ -168,12 +201,19 @@ fn lost_awaited_by_task_reports_reason() {
         runtime(flavor).block_on(async {
             let guard = acquire(&lease).await;
             let watchers = [(); 3].map(|()| tokio::spawn(guard.lost().into_future()));
-            let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
+            let LeaseStatus::Held(seen) = lease.status().unwrap() else {
+                panic!("the lease is held")
+            };
             assert!(lease.evict(&seen).unwrap());
-            let reason = timeout(LIVELY, guard.lost()).await.expect("the loss is reported");
+            let reason = timeout(LIVELY, guard.lost())
+                .await
+                .expect("the loss is reported");
             assert!(!matches!(reason, LossReason::Released), "{reason}");
             for watcher in watchers {
-                assert_eq!(timeout(LIVELY, watcher).await.unwrap().unwrap().to_string(), reason.to_string());
+                assert_eq!(
+                    timeout(LIVELY, watcher).await.unwrap().unwrap().to_string(),
+                    reason.to_string()
+                );
             }
             // A later wait returns immediately.
             assert_eq!(guard.lost().await.to_string(), reason.to_string());
@@ -190,7 +230,12 @@ fn lost_wait_async_ends_at_limit_or_cancellation() {
         let guard = acquire(&lease).await;
         let lost = guard.lost();
         assert!(lost.wait_async(&Wait::none()).await.unwrap_err().is_held());
-        assert!(lost.wait_async(&Wait::at_most(Duration::from_millis(5))).await.unwrap_err().is_timeout());
+        assert!(
+            lost.wait_async(&Wait::at_most(Duration::from_millis(5)))
+                .await
+                .unwrap_err()
+                .is_timeout()
+        );
         let token = CancelToken::new();
         let wait = Wait::forever().or_cancelled(&token);
         let (ended, ()) = tokio::join!(lost.wait_async(&wait), async { token.cancel() });
@@ -199,8 +244,17 @@ fn lost_wait_async_ends_at_limit_or_cancellation() {
         let reason = lost.wait_async(&Wait::forever()).await.unwrap();
         assert!(matches!(reason, LossReason::Released), "{reason}");
     });
-    let error = block_on(runtime("one").block_on(acquire(&lease)).lost().wait_async(&Wait::forever())).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}");
+    let error = block_on(
+        runtime("one")
+            .block_on(acquire(&lease))
+            .lost()
+            .wait_async(&Wait::forever()),
+    )
+    .unwrap_err();
+    assert!(
+        matches!(error.kind(), ErrorKind::Unsupported { .. }),
+        "{error}"
+    );
 }
 
 #[test]
@@ -219,10 +273,15 @@ fn release_async_frees_lease_and_reports_loss() {
         .await;
         drop(releasing);
         let guard = acquire(&lease).await;
-        let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
+        let LeaseStatus::Held(seen) = lease.status().unwrap() else {
+            panic!("the lease is held")
+        };
         lease.evict(&seen).unwrap();
         let error = guard.release_async().await.unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::LeaseLost { .. }), "{error}");
+        assert!(
+            matches!(error.kind(), ErrorKind::LeaseLost { .. }),
+            "{error}"
+        );
     });
 }
 
@@ -235,10 +294,17 @@ fn cancel_token_wakes_every_waiting_task() {
                 let token = token.clone();
                 tokio::spawn(async move { token.cancelled().await })
             });
-            assert!(timeout(Duration::from_millis(5), token.cancelled()).await.is_err());
+            assert!(
+                timeout(Duration::from_millis(5), token.cancelled())
+                    .await
+                    .is_err()
+            );
             token.cancel();
             for waiter in waiters {
-                timeout(LIVELY, waiter).await.expect("the waiter is woken").unwrap();
+                timeout(LIVELY, waiter)
+                    .await
+                    .expect("the waiter is woken")
+                    .unwrap();
             }
             token.cancelled().await;
         });
@@ -257,7 +323,12 @@ fn single_instance_async_function_runs_once() {
             let second = work(async {}).await;
             assert!(second.unwrap_err().is_held());
             let lock = NamedLock::new("lockkit-test-under-a-runtime").unwrap();
-            assert!(lock.acquire_async(&Wait::none()).await.unwrap_err().is_held());
+            assert!(
+                lock.acquire_async(&Wait::none())
+                    .await
+                    .unwrap_err()
+                    .is_held()
+            );
         });
         first.await.unwrap();
         work(async {}).await.unwrap();

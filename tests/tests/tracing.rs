@@ -37,7 +37,8 @@ impl Visit for Record {
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.fields.insert(field.name().to_owned(), value.to_owned());
+        self.fields
+            .insert(field.name().to_owned(), value.to_owned());
     }
 }
 
@@ -45,14 +46,20 @@ struct Recorder;
 
 impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Recorder {
     fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
-        let mut record = Record { level: event.metadata().level().to_string(), ..Record::default() };
+        let mut record = Record {
+            level: event.metadata().level().to_string(),
+            ..Record::default()
+        };
         record.span = context.event_span(event).map(|span| span.name());
         event.record(&mut record);
         RECORDS.lock().unwrap().push(record);
     }
 
     fn on_new_span(&self, attributes: &span::Attributes<'_>, _: &span::Id, _: Context<'_, S>) {
-        let mut record = Record { level: attributes.metadata().level().to_string(), ..Record::default() };
+        let mut record = Record {
+            level: attributes.metadata().level().to_string(),
+            ..Record::default()
+        };
         record.span = Some(attributes.metadata().name());
         attributes.record(&mut record);
         RECORDS.lock().unwrap().push(record);
@@ -62,14 +69,24 @@ impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Recorder {
 fn start_recording() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
-        tracing::subscriber::set_global_default(tracing_subscriber::registry().with(Recorder)).unwrap();
+        tracing::subscriber::set_global_default(tracing_subscriber::registry().with(Recorder))
+            .unwrap();
     });
 }
 
 /// Returns the records of the lock so far.
 fn records_of(at: &str) -> Vec<Record> {
     let records = RECORDS.lock().unwrap();
-    records.iter().filter(|record| record.fields.get("name").is_some_and(|name| name.contains(at))).cloned().collect()
+    records
+        .iter()
+        .filter(|record| {
+            record
+                .fields
+                .get("name")
+                .is_some_and(|name| name.contains(at))
+        })
+        .cloned()
+        .collect()
 }
 
 /// Returns the levels and messages, in order. A span appears by its name.
@@ -95,7 +112,8 @@ fn waited(record: &Record) -> f64 {
 /// Returns the value of the field `kind` for this kind.
 fn label(kind: Kind) -> &'static str {
     match kind.name() {
-        "named-socket" | "machine-socket" | "named-mutex" | "machine-mutex" | "named-file" | "machine-file" => "named",
+        "named-socket" | "machine-socket" | "named-mutex" | "machine-mutex" | "named-file"
+        | "machine-file" => "named",
         "file" | "file-shared" => "file",
         other => other,
     }
@@ -104,7 +122,11 @@ fn label(kind: Kind) -> &'static str {
 /// Returns the kinds that processes share. A lease reports the same in every store.
 fn kinds() -> impl Iterator<Item = Kind> {
     let is_shared = |kind: &Kind| !["memory", "etcd", "postgres", "redis"].contains(&kind.name());
-    KINDS.iter().copied().filter(is_shared).filter(|kind| kind.left_out().is_none())
+    KINDS
+        .iter()
+        .copied()
+        .filter(is_shared)
+        .filter(|kind| kind.left_out().is_none())
 }
 
 #[test]
@@ -123,10 +145,19 @@ fn acquire_and_release_traced_once_with_kind_and_name() {
             let records = records_of(spec.at());
             assert_eq!(
                 outline(&records),
-                [format!("{} span acquire", Level::DEBUG), "DEBUG acquired".into(), "TRACE released".into()],
+                [
+                    format!("{} span acquire", Level::DEBUG),
+                    "DEBUG acquired".into(),
+                    "TRACE released".into()
+                ],
                 "{kind:?}"
             );
-            assert!(records.iter().all(|record| record.fields["kind"] == label(kind)), "{records:#?}");
+            assert!(
+                records
+                    .iter()
+                    .all(|record| record.fields["kind"] == label(kind)),
+                "{records:#?}"
+            );
             assert_eq!(records[1].span, Some("acquire"));
             assert!(waited(&records[1]) >= 0.0);
             spec.clean();
@@ -150,23 +181,41 @@ fn contended_acquire_traces_holder_and_timeout_error() {
             let limit = Duration::from_millis(20);
             assert!(take(&Wait::at_most(limit)).err().unwrap().is_timeout());
             let records = records_of(spec.at());
-            assert_eq!(outline(&records), ["DEBUG span acquire", "DEBUG waiting", "DEBUG not acquired"], "{kind:?}");
+            assert_eq!(
+                outline(&records),
+                ["DEBUG span acquire", "DEBUG waiting", "DEBUG not acquired"],
+                "{kind:?}"
+            );
             let waiting = find(&records, "waiting");
             // The same holds when a thread waits on behalf of a task.
             assert_eq!(waiting.span, Some("acquire"), "{kind:?}");
             let knows_its_holder = lock.owner().is_some();
-            assert_eq!(waiting.fields.contains_key("holder"), knows_its_holder, "{kind:?}: {waiting:#?}");
+            assert_eq!(
+                waiting.fields.contains_key("holder"),
+                knows_its_holder,
+                "{kind:?}: {waiting:#?}"
+            );
             if knows_its_holder {
-                assert!(waiting.fields["holder"].contains(&format!("pid {}", holder.pid())), "{waiting:#?}");
+                assert!(
+                    waiting.fields["holder"].contains(&format!("pid {}", holder.pid())),
+                    "{waiting:#?}"
+                );
             }
             let timed_out = find(&records, "not acquired");
             assert!(waited(timed_out) >= limit.as_secs_f64(), "{timed_out:#?}");
-            assert!(timed_out.fields["error"].contains("still held"), "{timed_out:#?}");
+            assert!(
+                timed_out.fields["error"].contains("still held"),
+                "{timed_out:#?}"
+            );
 
             let guard = std::thread::scope(|scope| {
                 let waiter = scope.spawn(|| take(&Wait::forever()));
                 until("the waiter waits", || {
-                    records_of(spec.at()).iter().filter(|record| record.message == "waiting").count() == 2
+                    records_of(spec.at())
+                        .iter()
+                        .filter(|record| record.message == "waiting")
+                        .count()
+                        == 2
                 });
                 holder.expect("release", "released");
                 waiter.join().unwrap().unwrap()
@@ -186,11 +235,21 @@ fn acquire_after_death_traces_warning_with_owner() {
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
         holder.kill();
-        drop(spec.open().acquire(&Wait::at_most(lockkit_tests::LIVELY)).unwrap());
+        drop(
+            spec.open()
+                .acquire(&Wait::at_most(lockkit_tests::LIVELY))
+                .unwrap(),
+        );
         let records = records_of(spec.at());
         let recovered = find(&records, "recovered");
-        assert_eq!((&*recovered.level, &*recovered.fields["kind"]), ("WARN", label(kind)));
-        assert!(recovered.fields["recovered"].contains(&format!("pid {}", holder.pid())), "{recovered:#?}");
+        assert_eq!(
+            (&*recovered.level, &*recovered.fields["kind"]),
+            ("WARN", label(kind))
+        );
+        assert!(
+            recovered.fields["recovered"].contains(&format!("pid {}", holder.pid())),
+            "{recovered:#?}"
+        );
         spec.clean();
     }
 }
@@ -202,15 +261,27 @@ fn lost_lease_is_traced_once_with_token_and_reason() {
     let path = directory.path().join("leader");
     let lease = Lease::file(&path).build().unwrap();
     let guard = lease.lock().unwrap();
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else {
+        panic!("the lease is held")
+    };
     assert!(lease.evict(&seen).unwrap());
-    let reason = guard.lost().wait(&Wait::at_most(lockkit_tests::LIVELY)).unwrap();
+    let reason = guard
+        .lost()
+        .wait(&Wait::at_most(lockkit_tests::LIVELY))
+        .unwrap();
     let at = path.display().to_string();
-    until("the loss is reported", || records_of(&at).iter().any(|record| record.message == "lost"));
+    until("the loss is reported", || {
+        records_of(&at)
+            .iter()
+            .any(|record| record.message == "lost")
+    });
     let token = guard.token();
     assert!(guard.release().is_err());
     let records = records_of(&at);
-    assert_eq!(outline(&records), ["DEBUG span acquire", "DEBUG acquired", "ERROR lost"]);
+    assert_eq!(
+        outline(&records),
+        ["DEBUG span acquire", "DEBUG acquired", "ERROR lost"]
+    );
     assert_eq!(records[2].fields["token"], token.to_string());
     assert_eq!(records[2].fields["reason"], reason.to_string());
     assert_eq!(records[2].fields["kind"], "lease");
@@ -222,8 +293,18 @@ fn acquire_of_memory_table_lock_is_traced() {
     let lock = Kind::MEMORY.fresh().open();
     drop(lock.acquire(&Wait::none()).unwrap());
     let records = RECORDS.lock().unwrap().clone();
-    let records: Vec<_> =
-        records.into_iter().filter(|record| record.fields.get("kind").is_some_and(|kind| kind == "memory")).collect();
-    assert_eq!(outline(&records), ["DEBUG span acquire", "DEBUG acquired", "TRACE released"]);
+    let records: Vec<_> = records
+        .into_iter()
+        .filter(|record| {
+            record
+                .fields
+                .get("kind")
+                .is_some_and(|kind| kind == "memory")
+        })
+        .collect();
+    assert_eq!(
+        outline(&records),
+        ["DEBUG span acquire", "DEBUG acquired", "TRACE released"]
+    );
     assert!(records.iter().all(|record| record.fields["name"] == "0"));
 }

@@ -22,7 +22,8 @@ fn cancel_in_forked_child_does_not_cancel_parent() {
             let (lock, token) = (&lock, &token);
             move || {
                 send.send(thread_id()).unwrap();
-                lock.acquire(&Wait::forever().or_cancelled(token)).unwrap_err()
+                lock.acquire(&Wait::forever().or_cancelled(token))
+                    .unwrap_err()
             }
         });
         let thread = thread.recv().unwrap();

@@ -1,4 +1,5 @@
-//! The peers of leases on servers: their commands, and the children that acquire their locks on request.
+//! The peers of leases on servers: their commands, and the children that acquire their locks on
+//! request.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -13,12 +14,20 @@ use rustix::process::{Pid, Signal, kill_process};
 pub(crate) fn redis_peer(package: &str, port: u16) -> Result<Command, String> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("redis");
     let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("redis");
-    let install = Command::new(directory.join("install.sh")).arg(place).output().map_err(|error| error.to_string())?;
+    let install = Command::new(directory.join("install.sh"))
+        .arg(place)
+        .output()
+        .map_err(|error| error.to_string())?;
     if !install.status.success() {
-        return Err(String::from_utf8_lossy(&install.stderr).trim_end().to_owned());
+        return Err(String::from_utf8_lossy(&install.stderr)
+            .trim_end()
+            .to_owned());
     }
     let mut command = Command::new(String::from_utf8_lossy(&install.stdout).trim_end());
-    command.arg(directory.join("peer.py")).arg(package).arg(port.to_string());
+    command
+        .arg(directory.join("peer.py"))
+        .arg(package)
+        .arg(port.to_string());
     Ok(command)
 }
 
@@ -29,15 +38,24 @@ pub(crate) fn own_lock(port: u16) -> Result<Command, String> {
 }
 
 pub(crate) fn etcdctl(port: u16) -> Result<Command, String> {
-    let version = Command::new("etcdctl").arg("version").output().map_err(|error| error.to_string())?;
+    let version = Command::new("etcdctl")
+        .arg("version")
+        .output()
+        .map_err(|error| error.to_string())?;
     let mut command = Command::new(std::env::current_exe().map_err(|error| error.to_string())?);
     let version = String::from_utf8_lossy(&version.stdout);
-    let version = version.lines().next().and_then(|line| line.rsplit(' ').next()).unwrap_or_default().to_owned();
+    let version = version
+        .lines()
+        .next()
+        .and_then(|line| line.rsplit(' ').next())
+        .unwrap_or_default()
+        .to_owned();
     command.args([CHILD, "etcdctl", &port.to_string(), &version]);
     Ok(command)
 }
 
-/// Acts as a child: acquires etcd's lock through etcd's command-line program, which holds the lock until an interrupt.
+/// Acts as a child: acquires etcd's lock through etcd's command-line program, which holds the lock
+/// until an interrupt.
 pub(crate) fn serve_etcdctl(port: u16, version: &str) {
     /// The child starts a program for each cycle, so it does only a part of the cycles.
     const PART: u32 = 20;
@@ -45,12 +63,22 @@ pub(crate) fn serve_etcdctl(port: u16, version: &str) {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "etcdctl"]);
         // The other peer uses the same program, so this lock needs another name.
-        command.args(["--endpoints", &format!("127.0.0.1:{port}"), "lock", &format!("etcdctl-{name}")]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command.args([
+            "--endpoints",
+            &format!("127.0.0.1:{port}"),
+            "lock",
+            &format!("etcdctl-{name}"),
+        ]);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         let mut holder = command.spawn().expect("it is installed");
         let mut key = String::new();
         let said = holder.stdout.as_mut().expect("it is piped");
-        BufReader::new(said).read_line(&mut key).expect("etcdctl prints the key of the lock");
+        BufReader::new(said)
+            .read_line(&mut key)
+            .expect("etcdctl prints the key of the lock");
         assert!(!key.is_empty(), "etcdctl prints the key of the lock");
         holder
     };
@@ -61,7 +89,8 @@ pub(crate) fn serve_etcdctl(port: u16, version: &str) {
     serve(version, PART, lock, unlock);
 }
 
-/// Serves the requests to a peer, with a lock that is acquired by name. Runs only one in `part` cycles.
+/// Serves the requests to a peer, with a lock that is acquired by name. Runs only one in `part`
+/// cycles.
 fn serve<H>(version: &str, part: u32, mut lock: impl FnMut(&str) -> H, mut unlock: impl FnMut(H)) {
     let mut parent = Peer::parent();
     parent.send(version);
@@ -71,7 +100,8 @@ fn serve<H>(version: &str, part: u32, mut lock: impl FnMut(&str) -> H, mut unloc
         match line.split_once(' ').unwrap_or((&line, "")) {
             ("cycles", count) => {
                 let start = now();
-                (0..count.parse::<u32>().expect("a number") / part).for_each(|_| unlock(lock("cycles")));
+                (0..count.parse::<u32>().expect("a number") / part)
+                    .for_each(|_| unlock(lock("cycles")));
                 parent.send((now() - start) * u64::from(part));
             }
             ("hold", _) => {
@@ -100,7 +130,10 @@ pub(crate) fn serve_own_lock(port: u16) {
     let version = gateway.ask("maintenance/status", "{}");
     let session = field(&gateway.ask("lease/grant", r#"{"TTL":"600"}"#), "ID").to_owned();
     let lock = |name: &str| {
-        let name = format!(r#"{{"name":"{}","lease":"{session}"}}"#, STANDARD.encode(name));
+        let name = format!(
+            r#"{{"name":"{}","lease":"{session}"}}"#,
+            STANDARD.encode(name)
+        );
         field(&gateway.ask("lock/lock", &name), "key").to_owned()
     };
     let mut second = Gateway::open(port);

@@ -1,5 +1,6 @@
-//! Acquires and releases a free lock: each input line gives the number of cycles of a block, and each answer its
-//! nanoseconds. The bench `tracing` builds it with and without the feature of that name.
+//! Acquires and releases a free lock: each input line gives the number of cycles of a block, and
+//! each answer its nanoseconds. The bench `tracing` builds it with and without the feature of that
+//! name.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -8,7 +9,9 @@ use lockkit::{FileLock, LockManager, NamedLock, ShmLockManager};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [kind, place] = &arguments[..] else { panic!("cycle named NAME | file PATH | shm PATH") };
+    let [kind, place] = &arguments[..] else {
+        panic!("cycle named NAME | file PATH | shm PATH")
+    };
     match &**kind {
         "named" => {
             let lock = NamedLock::new(place).expect("a name");

@@ -6,7 +6,9 @@ use std::path::Path;
 
 #[cfg(not(unix))]
 use lockkit::FileLock;
-use lockkit::{FileLockManager, Lease, LeaseStatus, LockManager, Owner, PidFile, PidStatus, ShmLockManager};
+use lockkit::{
+    FileLockManager, Lease, LeaseStatus, LockManager, Owner, PidFile, PidStatus, ShmLockManager,
+};
 
 use super::form::{Holder, Kind, Report, State, has_pid_extension};
 use crate::failure::{Failure, code};
@@ -19,7 +21,8 @@ pub(super) enum Found {
     Lease,
     Table,
     Pidfile,
-    /// A file that contains only a number: a pidfile, unless a process with another pid has it locked.
+    /// A file that contains only a number: a pidfile, unless a process with another pid has it
+    /// locked.
     Number(u32),
     /// Any other file, or a directory.
     Plain,
@@ -33,7 +36,10 @@ pub(super) fn found_at(path: &Path) -> Result<Found, Failure> {
     let found = match std::fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => match path.is_symlink() {
             true => {
-                let message = format!("{} is a symbolic link to a file that does not exist", path.display());
+                let message = format!(
+                    "{} is a symbolic link to a file that does not exist",
+                    path.display()
+                );
                 return Err(Failure::new(code::NO_INPUT, message));
             }
             false => return Ok(Found::Missing),
@@ -56,7 +62,9 @@ pub(super) fn found_at(path: &Path) -> Result<Found, Failure> {
         read => read.map_err(unreadable)?,
     };
     Ok(match &*begin {
-        begin if begin.starts_with(b"lockkit lease ") || was_lease(path, begin, &file) => Found::Lease,
+        begin if begin.starts_with(b"lockkit lease ") || was_lease(path, begin, &file) => {
+            Found::Lease
+        }
         begin if begin.starts_with(b"lockkitT") => Found::Table,
         begin if has_pid_extension(path) || is_own(begin, &file) => Found::Pidfile,
         begin => number(begin, &file).map_or(Found::Plain, Found::Number),
@@ -96,7 +104,8 @@ fn beginning(path: &Path) -> io::Result<(Vec<u8>, File)> {
     Ok((bytes, file))
 }
 
-/// Opens a file for reading that was no FIFO or device when it was checked. Does not wait if it has become one.
+/// Opens a file for reading that was no FIFO or device when it was checked. Does not wait if it has
+/// become one.
 fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true);
@@ -112,15 +121,21 @@ fn open(path: &Path) -> io::Result<File> {
 /// Whether a file without a record is a lease file whose record a crash has erased.
 fn was_lease(path: &Path, begin: &[u8], file: &File) -> bool {
     const RECORD: u64 = 1024;
-    let has_extension = path.extension().is_some_and(|extension| extension == "lease");
+    let has_extension = path
+        .extension()
+        .is_some_and(|extension| extension == "lease");
     begin.iter().all(|byte| *byte == 0)
-        && (has_extension || !begin.is_empty() && file.metadata().is_ok_and(|found| found.len() == RECORD))
+        && (has_extension
+            || !begin.is_empty() && file.metadata().is_ok_and(|found| found.len() == RECORD))
 }
 
 /// Whether the file is a pidfile by lockkit's mark, which earlier versions wrote after the pid.
 fn is_own(begin: &[u8], file: &File) -> bool {
     const OLD_MARK: &[u8] = b"\nlockkit 1\n";
-    let digits = begin.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let digits = begin
+        .iter()
+        .take_while(|byte| byte.is_ascii_digit())
+        .count();
     digits > 0 && (begin[digits..].starts_with(OLD_MARK) || PidFile::has_owner_identity(file))
 }
 
@@ -130,14 +145,24 @@ fn number(begin: &[u8], file: &File) -> Option<u32> {
     const MAX_PID: u32 = 1 << 22;
     let text = std::str::from_utf8(begin).ok()?;
     let digits = text.strip_suffix('\n').unwrap_or(text);
-    let number = digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok()).flatten()?;
-    let is_whole = file.metadata().is_ok_and(|found| found.len() == begin.len() as u64);
+    let number = digits
+        .bytes()
+        .all(|byte| byte.is_ascii_digit())
+        .then(|| digits.parse().ok())
+        .flatten()?;
+    let is_whole = file
+        .metadata()
+        .is_ok_and(|found| found.len() == begin.len() as u64);
     (is_whole && (1..=MAX_PID).contains(&number)).then_some(number)
 }
 
-/// Returns the report of a lock whose kind the file at `path` shows, or `None` for any other file and for none. `guess`
-/// decides whether a file that contains just a number counts as a pidfile.
-pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<Option<Report>, Failure> {
+/// Returns the report of a lock whose kind the file at `path` shows, or `None` for any other file
+/// and for none. `guess` decides whether a file that contains just a number counts as a pidfile.
+pub(crate) fn recognised(
+    path: &Path,
+    locks: &FileLocks,
+    guess: bool,
+) -> Result<Option<Report>, Failure> {
     let explained = |failure: Failure| match failure.code() {
         code::NO_PERMISSION => Failure::new(
             code::NO_PERMISSION,
@@ -156,7 +181,8 @@ pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<
         found @ (Found::Pidfile | Found::Number(_)) => {
             let on = locks.on(path).unwrap_or_default();
             if let Found::Number(number) = found {
-                // If a process with another pid has the file locked, the number is data that the lock guards.
+                // If a process with another pid has the file locked, the number is data that the
+                // lock guards.
                 let mut by = [&on.flock, &on.fcntl].into_iter().flatten();
                 if by.any(|locked| !locked.pids.contains(&number)) {
                     return Ok(None);
@@ -188,7 +214,10 @@ pub(super) fn file(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
             Some(error) => {
                 return Err(Failure::new(
                     code::IO,
-                    format!("cannot tell whether {} is held: /proc/locks cannot be read: {error}", path.display()),
+                    format!(
+                        "cannot tell whether {} is held: /proc/locks cannot be read: {error}",
+                        path.display()
+                    ),
                 ));
             }
             None => None,
@@ -206,20 +235,31 @@ pub(super) fn file(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
 }
 
 /// Returns the locks that the kernel shows on the file at `path`, that of flock(2) first.
-pub(crate) fn locked(path: &Path, on: &LocksOnFile, owners: &Owners) -> impl Iterator<Item = Report> {
+pub(crate) fn locked(
+    path: &Path,
+    on: &LocksOnFile,
+    owners: &Owners,
+) -> impl Iterator<Item = Report> {
     let sight = |kind, locked: &LockHolders| {
         let mut sight = Report::of_path(kind, path, State::Held);
-        sight.holders = locked.pids.iter().filter_map(|pid| owners.of(*pid)).map(|owner| Holder::new(&owner)).collect();
+        sight.holders = locked
+            .pids
+            .iter()
+            .filter_map(|pid| owners.of(*pid))
+            .map(|owner| Holder::new(&owner))
+            .collect();
         sight.waiters = Some(locked.waiters);
         sight
     };
     let flock = on.flock.as_ref().map(|locked| sight(Kind::File, locked));
-    flock.into_iter().chain(on.fcntl.as_ref().map(|locked| sight(Kind::Fcntl, locked)))
+    flock
+        .into_iter()
+        .chain(on.fcntl.as_ref().map(|locked| sight(Kind::Fcntl, locked)))
 }
 
-/// Tests whether a process has the file or directory locked. Returns the kind, and the pid if it is known. A failed try
-/// acquires nothing. A successful try holds the lock for a moment, exclusively, because otherwise it would not detect a
-/// shared lock.
+/// Tests whether a process has the file or directory locked. Returns the kind, and the pid if it is
+/// known. A failed try acquires nothing. A successful try holds the lock for a moment, exclusively,
+/// because otherwise it would not detect a shared lock.
 #[cfg(unix)]
 pub(super) fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     use rustix::fs::{FlockOperation, flock};
@@ -234,7 +274,8 @@ pub(super) fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure>
     if let Ok(Some(pid)) = crate::locks::fcntl_holder(&file) {
         return Ok(Some((Kind::Fcntl, pid)));
     }
-    // The try of another process looks like a holder, so only several failed tries count as a holder.
+    // The try of another process looks like a holder, so only several failed tries count as a
+    // holder.
     for pause in [100, 1000, 3000] {
         match retry_on_intr(|| flock(&file, FlockOperation::NonBlockingLockExclusive)) {
             Err(Errno::WOULDBLOCK) => std::thread::sleep(std::time::Duration::from_micros(pause)),
@@ -258,7 +299,9 @@ pub(super) fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure>
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => drop(opened.map_err(|error| unreadable(path, error))?),
     }
-    let held = FileLock::new(path).try_lock_shared().is_err_and(|error| error.is_held());
+    let held = FileLock::new(path)
+        .try_lock_shared()
+        .is_err_and(|error| error.is_held());
     Ok(held.then_some((Kind::File, None)))
 }
 
@@ -274,7 +317,10 @@ pub(crate) fn pidfile(path: &Path) -> Result<Report, Failure> {
         PidStatus::Invalid { rule } => {
             return Err(Failure::new(
                 code::DATA,
-                format!("{} is not a pidfile: {rule}", plain(&path.display().to_string())),
+                format!(
+                    "{} is not a pidfile: {rule}",
+                    plain(&path.display().to_string())
+                ),
             ));
         }
     };
@@ -285,7 +331,10 @@ pub(crate) fn pidfile(path: &Path) -> Result<Report, Failure> {
 
 fn lease(path: &Path) -> Result<Report, Failure> {
     let name_bytes = Report::of_path(Kind::Lease, path, State::Free).name_bytes;
-    Ok(Report { name_bytes, ..of_lease(&Lease::file(path).build()?)? })
+    Ok(Report {
+        name_bytes,
+        ..of_lease(&Lease::file(path).build()?)?
+    })
 }
 
 pub(crate) fn of_lease(lease: &Lease) -> Result<Report, Failure> {
@@ -295,7 +344,9 @@ pub(crate) fn of_lease(lease: &Lease) -> Result<Report, Failure> {
         sight.state = if over { State::Stale } else { State::Held };
         sight.holders = seen.owner().into_iter().map(Holder::new).collect();
         sight.token = seen.token();
-        sight.expires_in_ms = seen.expires_in().map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
+        sight.expires_in_ms = seen
+            .expires_in()
+            .map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
     }
     Ok(sight)
 }
@@ -306,8 +357,19 @@ pub(super) fn table(path: &Path) -> Result<Report, Failure> {
         false => Box::new(ShmLockManager::open(path)?),
     };
     let held = manager.held()?;
-    let mut sight = Report::of_path(Kind::Table, path, if held.is_empty() { State::Free } else { State::Held });
-    sight.holders = held.iter().map(|held| Holder::of_lock(held.owner(), held.id())).collect();
+    let mut sight = Report::of_path(
+        Kind::Table,
+        path,
+        if held.is_empty() {
+            State::Free
+        } else {
+            State::Held
+        },
+    );
+    sight.holders = held
+        .iter()
+        .map(|held| Holder::of_lock(held.owner(), held.id()))
+        .collect();
     sight.available = manager.available()?;
     Ok(sight)
 }

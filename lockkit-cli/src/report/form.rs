@@ -1,6 +1,7 @@
 //! The form of a report: its fields in JSON, and its text.
 //!
-//! The JSON forms have a version, and are documented in docs/CLI.md. Within a version fields are only added.
+//! The JSON forms have a version, and are documented in docs/CLI.md. Within a version fields are
+//! only added.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -96,7 +97,10 @@ thread_local! {
 fn life(owner: &Owner) -> Life {
     KNOWN.with_borrow_mut(|known| {
         let owners = known.entry(owner.pid()).or_default();
-        if let Some((_, life)) = owners.iter().find(|(known, _)| known.is_same_process(owner)) {
+        if let Some((_, life)) = owners
+            .iter()
+            .find(|(known, _)| known.is_same_process(owner))
+        {
             return *life;
         }
         let alive = match owner.liveness() {
@@ -126,7 +130,10 @@ impl Holder {
     }
 
     pub(crate) fn of_lock(owner: &Owner, id: u32) -> Self {
-        Self { lock: Some(id), ..Self::new(owner) }
+        Self {
+            lock: Some(id),
+            ..Self::new(owner)
+        }
     }
 
     pub(crate) fn text(&self) -> String {
@@ -188,14 +195,27 @@ impl Report {
 
     /// Returns a report of the lock at `path` if it is unknown whether the lock is held.
     pub(crate) fn unknown(path: &Path, failure: &Failure) -> Self {
-        let kind = if has_pid_extension(path) { Kind::Pidfile } else { Kind::File };
-        Self { reason: Some(failure.message().to_owned()), ..Self::of_path(kind, path, State::Unknown) }
+        let kind = if has_pid_extension(path) {
+            Kind::Pidfile
+        } else {
+            Kind::File
+        };
+        Self {
+            reason: Some(failure.message().to_owned()),
+            ..Self::of_path(kind, path, State::Unknown)
+        }
     }
 
     pub(super) fn of_path(kind: Kind, path: &Path, state: State) -> Self {
         // If paths are no bytes on this system, these are in the encoding of Rust's library.
-        let name_bytes = path.to_str().is_none().then(|| path.as_os_str().as_encoded_bytes().to_vec());
-        Self { name_bytes, ..Self::new(kind, path.display().to_string(), state) }
+        let name_bytes = path
+            .to_str()
+            .is_none()
+            .then(|| path.as_os_str().as_encoded_bytes().to_vec());
+        Self {
+            name_bytes,
+            ..Self::new(kind, path.display().to_string(), state)
+        }
     }
 
     pub(super) fn kind_text(&self) -> String {
@@ -208,9 +228,24 @@ impl Report {
 
     /// Writes one sentence or more.
     pub(crate) fn show(&self, out: &mut impl Write) -> std::io::Result<()> {
-        writeln!(out, "{} {} is {}", self.kind_text(), paint(TITLE, plain(&self.name)), self.state.painted())?;
+        writeln!(
+            out,
+            "{} {} is {}",
+            self.kind_text(),
+            paint(TITLE, plain(&self.name)),
+            self.state.painted()
+        )?;
         for holder in &self.holders {
-            writeln!(out, "  {}: {}", if self.state == State::Stale { "left by" } else { "held by" }, holder.text())?;
+            writeln!(
+                out,
+                "  {}: {}",
+                if self.state == State::Stale {
+                    "left by"
+                } else {
+                    "held by"
+                },
+                holder.text()
+            )?;
         }
         if let (State::Held, true) = (self.state, self.holders.is_empty()) {
             writeln!(out, "  held by a process that cannot be seen from here")?;
@@ -232,27 +267,43 @@ impl Report {
 
     /// Returns the columns of `list`.
     pub(crate) fn row(&self) -> [String; 5] {
-        let mut held = self.holders.iter().map(Holder::text).collect::<Vec<_>>().join("; ");
+        let mut held = self
+            .holders
+            .iter()
+            .map(Holder::text)
+            .collect::<Vec<_>>()
+            .join("; ");
         if held.is_empty() {
             held = "-".to_owned();
         }
-        let waiters = self.waiters.map_or("-".to_owned(), |waiters| waiters.to_string());
+        let waiters = self
+            .waiters
+            .map_or("-".to_owned(), |waiters| waiters.to_string());
         if let Some(reason) = &self.reason {
             held = plain(reason);
         }
-        [self.kind_text(), plain(&self.name), format!("{:?}", self.state).to_lowercase(), waiters, held]
+        [
+            self.kind_text(),
+            plain(&self.name),
+            format!("{:?}", self.state).to_lowercase(),
+            waiters,
+            held,
+        ]
     }
 }
 
 /// Writes a JSON form, one line.
 pub(crate) fn json(form: &impl Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string(form).map_err(|error| Failure::io("write JSON", std::io::Error::from(error)))?;
+    let text = serde_json::to_string(form)
+        .map_err(|error| Failure::io("write JSON", std::io::Error::from(error)))?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{text}").map_err(|error| Failure::io("write to the standard output", error))
 }
 
 /// Writes text to the standard output, coloured if requested.
-pub(crate) fn say(write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<(), Failure> {
+pub(crate) fn say(
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<(), Failure> {
     let mut out = anstream::stdout().lock();
     write(&mut out).map_err(|error| Failure::io("write to the standard output", error))
 }

@@ -24,9 +24,13 @@ pub(crate) use self::at_path::*;
 use self::at_path::{Found, file, found_at, table, tried};
 pub(crate) use self::form::*;
 
-/// Returns the report of the lock at `place`. `locks` reads the kernel's information about locked files if it is
-/// needed.
-pub(crate) fn at(place: &Target, scope: ScopeArgument, locks: impl FnOnce() -> FileLocks) -> Result<Report, Failure> {
+/// Returns the report of the lock at `place`. `locks` reads the kernel's information about locked
+/// files if it is needed.
+pub(crate) fn at(
+    place: &Target,
+    scope: ScopeArgument,
+    locks: impl FnOnce() -> FileLocks,
+) -> Result<Report, Failure> {
     match place {
         Target::Lease(lease) => of_lease(lease),
         Target::Name(name) => named(&target::named_or_file(name, scope)?),
@@ -46,13 +50,18 @@ pub(crate) fn at_path(path: &Path, locks: &FileLocks) -> Result<Report, Failure>
 pub(crate) struct Watched<'p> {
     place: &'p Target,
     scope: ScopeArgument,
-    /// For a path. Kept, because a lease of another host counts as expired once it was seen unchanged for long enough.
+    /// For a path. Kept, because a lease of another host counts as expired once it was seen
+    /// unchanged for long enough.
     lease: Option<Lease>,
 }
 
 impl<'p> Watched<'p> {
     pub(crate) fn new(place: &'p Target, scope: ScopeArgument) -> Self {
-        Self { place, scope, lease: None }
+        Self {
+            place,
+            scope,
+            lease: None,
+        }
     }
 
     pub(crate) fn state(&mut self) -> Result<State, Failure> {
@@ -79,16 +88,27 @@ impl<'p> Watched<'p> {
             Found::Pidfile => Ok(pidfile(&path)?.state),
             Found::Number(_) => match pidfile(&path)?.state {
                 State::Held => Ok(State::Held),
-                state => Ok(if tried(&path)?.is_some() { State::Held } else { state }),
+                state => Ok(if tried(&path)?.is_some() {
+                    State::Held
+                } else {
+                    state
+                }),
             },
-            Found::Plain => Ok(if tried(&path)?.is_some() { State::Held } else { State::Free }),
+            Found::Plain => Ok(if tried(&path)?.is_some() {
+                State::Held
+            } else {
+                State::Free
+            }),
             Found::Special => Ok(file(&path, &FileLocks::read_table())?.state),
         }
     }
 }
 
 fn filed(name: &str, scope: Scope) -> Result<NamedLock, Failure> {
-    Ok(NamedLock::builder(name).scope(scope).backend(Backend::File).build()?)
+    Ok(NamedLock::builder(name)
+        .scope(scope)
+        .backend(Backend::File)
+        .build()?)
 }
 
 pub(crate) fn named(lock: &NamedLock) -> Result<Report, Failure> {
@@ -102,7 +122,8 @@ pub(crate) fn named(lock: &NamedLock) -> Result<Report, Failure> {
     Ok(sight)
 }
 
-/// Returns the report of one of a list of held locks, or `None` if the lock is known to be released meanwhile.
+/// Returns the report of one of a list of held locks, or `None` if the lock is known to be released
+/// meanwhile.
 pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Report> {
     let mut sight = with_owner(held.lock(), State::Held, held.owner());
     if held.owner().is_none() {
@@ -133,8 +154,13 @@ fn of_named(lock: &NamedLock) -> Result<Report, Failure> {
     let owner = lock.owner()?;
     // A name can be held by a process that cannot be looked up.
     let held = owner.is_some() || lock.is_held()?;
-    let mut sight = with_owner(lock, if held { State::Held } else { State::Free }, owner.as_ref());
-    // Read after the owner. Reading the owner may take a place in the queue only if there is no record.
+    let mut sight = with_owner(
+        lock,
+        if held { State::Held } else { State::Free },
+        owner.as_ref(),
+    );
+    // Read after the owner. Reading the owner may take a place in the queue only if there is no
+    // record.
     sight.waiters = lock.waiters().ok();
     Ok(sight)
 }

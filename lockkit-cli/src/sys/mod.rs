@@ -1,4 +1,5 @@
-//! System calls that no crate offers without `unsafe`. All of the command's `unsafe` is in this module.
+//! System calls that no crate offers without `unsafe`. All of the command's `unsafe` is in this
+//! module.
 
 #![allow(unsafe_code)]
 
@@ -8,6 +9,8 @@ mod unix;
 mod windows;
 
 #[cfg(unix)]
-pub(crate) use unix::{as_given, end_at_a_closed_pipe, fork, inherited, pipe, rename_process, wait_for_children};
+pub(crate) use unix::{
+    as_given, end_at_a_closed_pipe, fork, inherited, pipe, rename_process, wait_for_children,
+};
 #[cfg(windows)]
 pub(crate) use windows::{Cage, end_at_a_closed_pipe, pass_over_interrupts};

@@ -14,11 +14,11 @@ use rustix::process::Pid;
 
 /// Forks. Returns `None` in the child, and the child's pid in the parent.
 ///
-/// The child of a process with threads has only the thread that forked. It should do no more than it must before it
-/// starts a program or exits. (glibc nevertheless lets it allocate memory.)
+/// The child of a process with threads has only the thread that forked. It should do no more than
+/// it must before it starts a program or exits. (glibc nevertheless lets it allocate memory.)
 pub(crate) fn fork() -> io::Result<Option<Pid>> {
-    // SAFETY: the call itself has no preconditions. The child runs safe code. A mutex that another thread had locked at
-    // the fork can block the child, which does not violate memory safety.
+    // SAFETY: the call itself has no preconditions. The child runs safe code. A mutex that another
+    // thread had locked at the fork can block the child, which does not violate memory safety.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         pid => Ok(Pid::from_raw(pid)),
@@ -36,7 +36,8 @@ static CLOSED: AtomicU8 = AtomicU8::new(0);
 /// Whether the parent ignored SIGPIPE.
 static PIPE_IGNORED: AtomicBool = AtomicBool::new(false);
 
-/// Reads the state before Rust's runtime opens closed standard descriptors on /dev/null and ignores SIGPIPE.
+/// Reads the state before Rust's runtime opens closed standard descriptors on /dev/null and ignores
+/// SIGPIPE.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 extern "C" fn look() {
     for number in 0..3 {
@@ -46,27 +47,33 @@ extern "C" fn look() {
         }
     }
     let mut pipe = std::mem::MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: the call only queries. It fills in its argument, which is read only if the call succeeded.
+    // SAFETY: the call only queries. It fills in its argument, which is read only if the call
+    // succeeded.
     let asked = unsafe {
-        (libc::sigaction(libc::SIGPIPE, std::ptr::null(), pipe.as_mut_ptr()) == 0).then(|| pipe.assume_init())
+        (libc::sigaction(libc::SIGPIPE, std::ptr::null(), pipe.as_mut_ptr()) == 0)
+            .then(|| pipe.assume_init())
     };
-    PIPE_IGNORED.store(asked.is_some_and(|action| action.sa_sigaction == libc::SIG_IGN), Ordering::Relaxed);
+    PIPE_IGNORED.store(
+        asked.is_some_and(|action| action.sa_sigaction == libc::SIG_IGN),
+        Ordering::Relaxed,
+    );
 }
 
-// SAFETY: the C library calls the entries of this section once, before `main`, on the only thread; `look` needs nothing
-// of Rust's runtime.
+// SAFETY: the C library calls the entries of this section once, before `main`, on the only thread;
+// `look` needs nothing of Rust's runtime.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 #[used]
 #[unsafe(link_section = ".init_array")]
 static LOOK: extern "C" fn() = look;
 
-/// Makes `command` start by fork and exec with the SIGPIPE disposition and standard descriptors that this process got.
-/// Rust's library would reset SIGPIPE to its default and open the closed descriptors. The shell runs a script without a
-/// first line that names its interpreter.
+/// Makes `command` start by fork and exec with the SIGPIPE disposition and standard descriptors
+/// that this process got. Rust's library would reset SIGPIPE to its default and open the closed
+/// descriptors. The shell runs a script without a first line that names its interpreter.
 pub(crate) fn as_given(command: &mut Command) -> &mut Command {
     let restore = || {
         for number in (0..3).filter(|number| CLOSED.load(Ordering::Relaxed) & (1 << number) != 0) {
-            // SAFETY: the descriptor belongs to this process, in the child before exec replaces the program.
+            // SAFETY: the descriptor belongs to this process, in the child before exec replaces the
+            // program.
             unsafe { libc::close(number) };
         }
         if PIPE_IGNORED.load(Ordering::Relaxed) {
@@ -75,12 +82,13 @@ pub(crate) fn as_given(command: &mut Command) -> &mut Command {
         }
         Ok(())
     };
-    // SAFETY: `restore` only reads atomics and calls close(2) and signal(2), all of which a forked child may do.
+    // SAFETY: `restore` only reads atomics and calls close(2) and signal(2), all of which a forked
+    // child may do.
     unsafe { command.pre_exec(restore) }
 }
 
-/// Returns another descriptor for the open file that the parent left under this number, as shells do with `9>file`. A
-/// close-on-exec descriptor works too.
+/// Returns another descriptor for the open file that the parent left under this number, as shells
+/// do with `9>file`. A close-on-exec descriptor works too.
 ///
 /// # Errors
 /// `EBADF` if the parent left no file open under the number.
@@ -96,39 +104,56 @@ pub(crate) fn inherited(number: RawFd) -> io::Result<File> {
     }
 }
 
-/// Renames this process, also in the command line that `ps` shows and `pkill -f` matches. The new command line is cut
-/// to the length of the old one. Without write access through /proc, the command line does not change.
+/// Renames this process, also in the command line that `ps` shows and `pkill -f` matches. The new
+/// command line is cut to the length of the old one. Without write access through /proc, the
+/// command line does not change.
 pub(crate) fn rename_process(name: &CStr) {
     let _ = rustix::thread::set_name(name);
     let _ = rewrite_command_line(name.to_bytes());
 }
 
-/// Overwrites the command line in the place where the kernel reads it: the words that the C library got as `argv`. The
-/// words stay terminated. No code here keeps references to them (the standard library copies them when it is asked).
-/// After a fork the words belong to this process.
+/// Overwrites the command line in the place where the kernel reads it: the words that the C library
+/// got as `argv`. The words stay terminated. No code here keeps references to them (the standard
+/// library copies them when it is asked). After a fork the words belong to this process.
 fn rewrite_command_line(name: &[u8]) -> io::Result<()> {
     // Longer than any such line. One read returns the whole line.
     let mut stat = [0; 1024];
     let length = File::open("/proc/self/stat")?.read(&mut stat)?;
     let stat = String::from_utf8_lossy(&stat[..length]);
-    // The name may contain anything. After it the fields count from the third; these are the 48th and the 49th.
-    let mut fields = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace().skip(48 - 3);
-    let mut address = || fields.next().and_then(|field| field.parse::<u64>().ok()).ok_or(io::ErrorKind::InvalidData);
+    // The name may contain anything. After it the fields count from the third; these are the 48th
+    // and the 49th.
+    let mut fields = stat
+        .rsplit(')')
+        .next()
+        .unwrap_or_default()
+        .split_ascii_whitespace()
+        .skip(48 - 3);
+    let mut address = || {
+        fields
+            .next()
+            .and_then(|field| field.parse::<u64>().ok())
+            .ok_or(io::ErrorKind::InvalidData)
+    };
     let (start, end) = (address()?, address()?);
     let room = usize::try_from(end.saturating_sub(start)).unwrap_or_default();
     let mut words = vec![0; room];
     let length = name.len().min(room.saturating_sub(1));
     words[..length].copy_from_slice(&name[..length]);
-    File::options().write(true).open("/proc/self/mem")?.write_all_at(&words, start)
+    File::options()
+        .write(true)
+        .open("/proc/self/mem")?
+        .write_all_at(&words, start)
 }
 
-/// Keeps ended children until they are waited for, also if the parent of this process set SIGCHLD to be ignored.
+/// Keeps ended children until they are waited for, also if the parent of this process set SIGCHLD
+/// to be ignored.
 pub(crate) fn wait_for_children() {
     // SAFETY: no handler is installed, so no code runs at a signal.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
-/// Makes a write to a closed pipe end this process, as in C programs. Rust's runtime turns such a write into an error.
+/// Makes a write to a closed pipe end this process, as in C programs. Rust's runtime turns such a
+/// write into an error.
 pub(crate) fn end_at_a_closed_pipe() {
     // SAFETY: as above.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };

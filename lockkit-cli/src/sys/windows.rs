@@ -1,4 +1,5 @@
-//! The Windows version of [`sys`](super): the program ends with the command, and Ctrl-C does not end the command first.
+//! The Windows version of [`sys`](super): the program ends with the command, and Ctrl-C does not
+//! end the command first.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
@@ -7,13 +8,13 @@ use std::ptr;
 use windows_sys::Win32::System::Console::{CTRL_BREAK_EVENT, CTRL_C_EVENT, SetConsoleCtrlHandler};
 use windows_sys::Win32::System::JobObjects::{
     AssignProcessToJobObject, CreateJobObjectW, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE,
-    JOBOBJECT_EXTENDED_LIMIT_INFORMATION, JobObjectExtendedLimitInformation, SetInformationJobObject,
-    TerminateJobObject,
+    JOBOBJECT_EXTENDED_LIMIT_INFORMATION, JobObjectExtendedLimitInformation,
+    SetInformationJobObject, TerminateJobObject,
 };
 use windows_sys::Win32::System::Threading::GetCurrentProcess;
 
-/// A job object that contains this process and every process that it starts from then on. When this process ends, the
-/// system ends all others in the job, unless the job was opened.
+/// A job object that contains this process and every process that it starts from then on. When this
+/// process ends, the system ends all others in the job, unless the job was opened.
 #[derive(Debug)]
 pub(crate) struct Cage(OwnedHandle);
 
@@ -21,8 +22,8 @@ impl Cage {
     /// Makes the job.
     ///
     /// # Errors
-    /// Returns the system's error, for example if a job that already contains this process allows no other job (before
-    /// Windows 8).
+    /// Returns the system's error, for example if a job that already contains this process allows
+    /// no other job (before Windows 8).
     pub(crate) fn around_this_process() -> io::Result<Self> {
         // SAFETY: the call makes a new job, which has no name and is not inherited.
         let job = unsafe { CreateJobObjectW(ptr::null(), ptr::null()) };
@@ -51,7 +52,11 @@ impl Cage {
                 size_of_val(&limits) as u32,
             )
         };
-        if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if done == 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
     }
 
     /// Lets the processes in the job outlive this process.
@@ -66,8 +71,9 @@ impl Cage {
     }
 }
 
-/// Makes this process ignore Ctrl-C and Ctrl-Break: the console also sends them to the program. When the console is
-/// closed or the user logs off, this process stays for as long as the system permits.
+/// Makes this process ignore Ctrl-C and Ctrl-Break: the console also sends them to the program.
+/// When the console is closed or the user logs off, this process stays for as long as the system
+/// permits.
 ///
 /// # Errors
 /// Returns the system's error.
@@ -81,8 +87,13 @@ pub(crate) fn pass_over_interrupts() -> io::Result<()> {
         }
         1
     }
-    // SAFETY: the handler lives as long as the process. It runs on its own thread, and needs nothing there.
-    if unsafe { SetConsoleCtrlHandler(Some(handler), 1) } == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    // SAFETY: the handler lives as long as the process. It runs on its own thread, and needs
+    // nothing there.
+    if unsafe { SetConsoleCtrlHandler(Some(handler), 1) } == 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Does nothing: a write to a closed pipe is an error on Windows, and no signal.

@@ -1,5 +1,5 @@
-//! What the tests of the command share. They use the command as people and scripts do: with real processes, real
-//! signals and real terminals.
+//! What the tests of the command share. They use the command as people and scripts do: with real
+//! processes, real signals and real terminals.
 
 // Each file of tests uses a part of it.
 #![allow(dead_code)]
@@ -24,7 +24,8 @@ use tempfile::TempDir;
 #[allow(unused_imports)]
 pub(crate) use site::{Ended, Program, Site, dead, sleeper};
 
-/// The time limit for anything that must happen: far more than it needs, because machines can be slow.
+/// The time limit for anything that must happen: far more than it needs, because machines can be
+/// slow.
 pub(crate) const LIVELY: Duration = Duration::from_secs(30);
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_lockkit");
@@ -37,17 +38,24 @@ pub(crate) fn until(what: &str, mut fact: impl FnMut() -> bool) {
     }
 }
 
-/// Reports that the test on this thread is left out, and why, even when the test runner captures the output of passing
-/// tests.
+/// Reports that the test on this thread is left out, and why, even when the test runner captures
+/// the output of passing tests.
 pub(crate) fn left_out(why: &str) {
     let thread = std::thread::current();
     // A closed standard error has no reader.
-    let _ = writeln!(std::io::stderr(), "left out: {}: {why}", thread.name().unwrap_or_default());
+    let _ = writeln!(
+        std::io::stderr(),
+        "left out: {}: {why}",
+        thread.name().unwrap_or_default()
+    );
 }
 
 pub(crate) fn lockkit<const N: usize>(arguments: [&str; N]) -> Command {
     let mut command = Command::new(PROGRAM);
-    command.args(arguments).stdin(Stdio::null()).env_remove("NO_COLOR");
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .env_remove("NO_COLOR");
     command
 }
 
@@ -79,8 +87,12 @@ pub(crate) fn form(bytes: &[u8]) -> Value {
         close(&mut schema);
         jsonschema::validator_for(&schema).expect("a schema")
     });
-    let form = serde_json::from_slice(bytes).unwrap_or_else(|error| panic!("{error}: {}", text(bytes)));
-    let wrong: Vec<_> = SCHEMA.iter_errors(&form).map(|error| error.to_string()).collect();
+    let form =
+        serde_json::from_slice(bytes).unwrap_or_else(|error| panic!("{error}: {}", text(bytes)));
+    let wrong: Vec<_> = SCHEMA
+        .iter_errors(&form)
+        .map(|error| error.to_string())
+        .collect();
     assert!(wrong.is_empty(), "{wrong:?}: {form}");
     form
 }
@@ -103,18 +115,27 @@ pub(crate) fn close(schema: &mut Value) {
 
 pub(crate) fn fresh_name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("cli-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    format!(
+        "cli-{}-{}",
+        std::process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    )
 }
 
 pub(crate) fn signal(pid: u32, signal: Signal) {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a pid");
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .expect("a pid");
     let _ = kill_process(pid, signal);
 }
 
 /// Returns whether a process runs and is not a zombie.
 pub(crate) fn lives(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with(['Z', 'X']))
+    stat.rsplit(')')
+        .next()
+        .is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// A lock as arguments of `run` and of `status`.
@@ -142,13 +163,20 @@ impl Lock {
             "--name" => fresh_name(),
             _ => directory.path().join("lock").display().to_string(),
         };
-        Self { run: [kind.to_owned(), place.clone()], place, directory }
+        Self {
+            run: [kind.to_owned(), place.clone()],
+            place,
+            directory,
+        }
     }
 
     /// Returns the command that runs `script` under it.
     pub(crate) fn run<const N: usize>(&self, options: [&str; N], script: &str) -> Command {
         let mut command = lockkit(["run"]);
-        command.args(&self.run).args(options).args(["--", "sh", "-c", script]);
+        command
+            .args(&self.run)
+            .args(options)
+            .args(["--", "sh", "-c", script]);
         command
     }
 
@@ -164,7 +192,12 @@ impl Lock {
     }
 
     pub(crate) fn try_once(&self) -> i32 {
-        code_of(&self.run(["--try"], "true").output().expect("lockkit starts"))
+        code_of(
+            &self
+                .run(["--try"], "true")
+                .output()
+                .expect("lockkit starts"),
+        )
     }
 }
 
@@ -183,7 +216,11 @@ impl Running {
 
     pub(crate) fn line(&mut self) -> String {
         let mut line = String::new();
-        self.lines.as_mut().expect("a pipe").read_line(&mut line).expect("a line");
+        self.lines
+            .as_mut()
+            .expect("a pipe")
+            .read_line(&mut line)
+            .expect("a line");
         line.trim_end().to_owned()
     }
 
@@ -193,7 +230,9 @@ impl Running {
 
     pub(crate) fn code(&mut self) -> i32 {
         let status = self.child.wait().expect("a child");
-        status.code().unwrap_or_else(|| -status.signal().expect("it was killed"))
+        status
+            .code()
+            .unwrap_or_else(|| -status.signal().expect("it was killed"))
     }
 }
 
@@ -216,12 +255,25 @@ impl Drop for Orphan {
 /// Opens a pseudo-terminal with so many columns. Returns the program's end, and the screen.
 pub(crate) fn terminal(columns: u16) -> (OwnedFd, File) {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-    let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
+    let screen =
+        openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
     grantpt(&screen).expect("a terminal");
     unlockpt(&screen).expect("a terminal");
-    let name = ptsname(&screen, Vec::new()).expect("a name").into_string().expect("a plain name");
-    let end = File::options().read(true).write(true).open(name).expect("a terminal");
-    let size = rustix::termios::Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let name = ptsname(&screen, Vec::new())
+        .expect("a name")
+        .into_string()
+        .expect("a plain name");
+    let end = File::options()
+        .read(true)
+        .write(true)
+        .open(name)
+        .expect("a terminal");
+    let size = rustix::termios::Winsize {
+        ws_row: 24,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     rustix::termios::tcsetwinsize(&end, size).expect("a terminal");
     (end.into(), screen.into())
 }
@@ -233,8 +285,14 @@ pub(crate) fn read_until(screen: &mut File, fact: impl Fn(&str) -> bool) -> Stri
     let mut more = [0; 1024];
     while !fact(&text(&shown)) {
         assert!(begun.elapsed() < LIVELY, "{}", text(&shown));
-        let mut watched = [rustix::event::PollFd::new(&*screen, rustix::event::PollFlags::IN)];
-        let tick = rustix::event::Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+        let mut watched = [rustix::event::PollFd::new(
+            &*screen,
+            rustix::event::PollFlags::IN,
+        )];
+        let tick = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 50_000_000,
+        };
         if rustix::event::poll(&mut watched, Some(&tick)).is_ok_and(|ready| ready > 0) {
             let read = screen.read(&mut more).unwrap_or_default();
             shown.extend_from_slice(&more[..read]);
@@ -243,16 +301,21 @@ pub(crate) fn read_until(screen: &mut File, fact: impl Fn(&str) -> bool) -> Stri
     text(&shown)
 }
 
-/// Returns `command` with default actions for the signals that a shell makes its background jobs ignore. This test may
-/// be such a job. A shell cannot trap a signal that is ignored from the start.
+/// Returns `command` with default actions for the signals that a shell makes its background jobs
+/// ignore. This test may be such a job. A shell cannot trap a signal that is ignored from the
+/// start.
 pub(crate) fn with_usual_signals(command: &Command) -> Command {
     let mut usual = Command::new("env");
-    usual.arg("--default-signal").arg(command.get_program()).args(command.get_args());
+    usual
+        .arg("--default-signal")
+        .arg(command.get_program())
+        .args(command.get_args());
     usual.stdin(Stdio::null());
     usual
 }
 
-/// Creates a directory with a pidfile of a live process, a pidfile of an ended process, and another file.
+/// Creates a directory with a pidfile of a live process, a pidfile of an ended process, and another
+/// file.
 pub(crate) fn pidfiles() -> (TempDir, [PathBuf; 3]) {
     let directory = TempDir::new().expect("a directory");
     let paths = ["alive.pid", "dead.pid", "notes.txt"].map(|name| directory.path().join(name));

@@ -47,13 +47,21 @@ impl Site {
     pub(crate) fn write_old(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.write(name, content);
         let hour_ago = SystemTime::now() - Duration::from_secs(3600);
-        File::options().write(true).open(&path).and_then(|file| file.set_modified(hour_ago)).expect("a file");
+        File::options()
+            .write(true)
+            .open(&path)
+            .and_then(|file| file.set_modified(hour_ago))
+            .expect("a file");
         path
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(PROGRAM);
-        command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null()).env_remove("NO_COLOR");
+        command
+            .args(arguments)
+            .current_dir(self.0.path())
+            .stdin(Stdio::null())
+            .env_remove("NO_COLOR");
         command
     }
 
@@ -61,7 +69,8 @@ impl Site {
         Ended::of(&mut self.command(arguments))
     }
 
-    /// As [`run`](Self::run), as another user. Returns `None`, and prints the reason, if that is impossible.
+    /// As [`run`](Self::run), as another user. Returns `None`, and prints the reason, if that is
+    /// impossible.
     pub(crate) fn run_as_other(&self, arguments: &[&str]) -> Option<Ended> {
         if !rustix::process::geteuid().is_root() {
             left_out("only root can act as another user");
@@ -69,7 +78,9 @@ impl Site {
         }
         let id = OTHER.to_string();
         let mut command = Command::new("setpriv");
-        command.args(["--reuid", &id, "--regid", &id, "--clear-groups", PROGRAM]).args(arguments);
+        command
+            .args(["--reuid", &id, "--regid", &id, "--clear-groups", PROGRAM])
+            .args(arguments);
         command.current_dir(self.0.path()).stdin(Stdio::null());
         let ended = Ended::of(&mut command);
         if ended.code == 126 || ended.code == 127 {
@@ -82,7 +93,9 @@ impl Site {
     /// Starts `lockkit run` with these options, whose program prints `held` and keeps running.
     pub(crate) fn hold(&self, options: &[&str]) -> Program {
         let mut command = self.command(&["run"]);
-        command.args(options).args(["--", "sh", "-c", "echo held; exec sleep 60"]);
+        command
+            .args(options)
+            .args(["--", "sh", "-c", "echo held; exec sleep 60"]);
         let mut running = Program::start(command);
         assert_eq!(running.line(), "held", "{options:?}");
         running
@@ -98,9 +111,17 @@ pub(crate) struct Ended {
 
 impl Ended {
     pub(crate) fn of(command: &mut Command) -> Self {
-        let Output { status, stdout, stderr } = command.output().expect("it starts");
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = command.output().expect("it starts");
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-        Self { code: status.code().unwrap_or(-1), out: text(stdout), err: text(stderr) }
+        Self {
+            code: status.code().unwrap_or(-1),
+            out: text(stdout),
+            err: text(stderr),
+        }
     }
 
     /// Parses the output, which must match the schema.
@@ -115,8 +136,8 @@ impl std::fmt::Debug for Ended {
     }
 }
 
-/// A program that ends with the test, by a signal that lockkit forwards. A killed lockkit would leave its lock to its
-/// program.
+/// A program that ends with the test, by a signal that lockkit forwards. A killed lockkit would
+/// leave its lock to its program.
 pub(crate) struct Program {
     pub(crate) child: Child,
     pub(crate) lines: BufReader<ChildStdout>,
@@ -140,7 +161,10 @@ impl Program {
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).expect("a pid");
+        let pid = i32::try_from(self.pid())
+            .ok()
+            .and_then(Pid::from_raw)
+            .expect("a pid");
         kill_process(pid, signal).expect("it runs");
     }
 

@@ -1,17 +1,19 @@
 //! Waiting for locks in tasks (feature `tokio`).
 //!
-//! Each lock has `acquire_async` in addition to `acquire`, and [`AsyncLock`] is for code that works with any lock.
-//! Dropping the future gives up: the lock is not acquired later, and no thread and no descriptor stays behind. Only a
-//! lease may still be granted, by a request to its store that is in flight; it is released at once.
+//! Each lock has `acquire_async` in addition to `acquire`, and [`AsyncLock`] is for code that works
+//! with any lock. Dropping the future gives up: the lock is not acquired later, and no thread and
+//! no descriptor stays behind. Only a lease may still be granted, by a request to its store that is
+//! in flight; it is released at once.
 //!
-//! - A [`NamedLock`](crate::NamedLock) on a socket sleeps on the reactor. The steps are those of the blocking wait,
-//!   except for the sleep between them ([`WaitState::wait_async`](crate::base::wait::WaitState::wait_async)). Dropping the
-//!   future closes its connection, so nothing remains to be cleaned up.
-//! - All others wait in a futex, in flock or for a store, which only a thread can. An acquisition that finds the lock
-//!   held starts its own thread ([`on_a_thread`]), with a token that is cancelled when the future is dropped. If the
-//!   thread acquires the lock after that, it releases the lock at once. It is not one of the runtime's blocking
-//!   threads: their number is limited, so as many waiters would block the holder from such a thread, and these threads
-//!   live for seconds.
+//! - A [`NamedLock`](crate::NamedLock) on a socket sleeps on the reactor. The steps are those of
+//!   the blocking wait, except for the sleep between them
+//!   ([`WaitState::wait_async`](crate::base::wait::WaitState::wait_async)). Dropping the future
+//!   closes its connection, so nothing remains to be cleaned up.
+//! - All others wait in a futex, in flock or for a store, which only a thread can. An acquisition
+//!   that finds the lock held starts its own thread ([`on_a_thread`]), with a token that is
+//!   cancelled when the future is dropped. If the thread acquires the lock after that, it releases
+//!   the lock at once. It is not one of the runtime's blocking threads: their number is limited, so
+//!   as many waiters would block the holder from such a thread, and these threads live for seconds.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -30,7 +32,8 @@ use crate::base::wait::Wait;
 #[cfg(target_os = "linux")]
 use crate::sys::fd::BorrowedFd;
 
-/// A [`Lock`] that tasks can wait for. Every lock of this crate implements it, and also has the method itself.
+/// A [`Lock`] that tasks can wait for. Every lock of this crate implements it, and also has the
+/// method itself.
 ///
 /// ```
 /// use std::time::Duration;
@@ -47,8 +50,8 @@ use crate::sys::fd::BorrowedFd;
 /// ```
 #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
 pub trait AsyncLock: Lock {
-    /// Acquires the lock, waiting as `wait` says, without blocking the thread. Dropping the future gives up at once; a
-    /// lease may still be granted by a request in flight, and is then released.
+    /// Acquires the lock, waiting as `wait` says, without blocking the thread. Dropping the future
+    /// gives up at once; a lease may still be granted by a request in flight, and is then released.
     ///
     /// # Errors
     /// As [`acquire`](Lock::acquire), and those that waiting in a task adds.
@@ -58,9 +61,11 @@ pub trait AsyncLock: Lock {
 /// Waits until `fd` is readable, or has hung up; without a descriptor, forever.
 #[cfg(target_os = "linux")]
 pub(crate) async fn readable(fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
-    let Some(fd) = fd else { return std::future::pending().await };
-    // The successor of this function needs a promise, in `unsafe`, that the descriptor stays open. The borrow proves
-    // that.
+    let Some(fd) = fd else {
+        return std::future::pending().await;
+    };
+    // The successor of this function needs a promise, in `unsafe`, that the descriptor stays open.
+    // The borrow proves that.
     #[allow(deprecated)]
     let registered = AsyncFd::with_interest(fd, Interest::READABLE)?;
     registered.readable().await.map(drop)
@@ -68,12 +73,17 @@ pub(crate) async fn readable(fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> 
 
 /// Returns an error outside a tokio runtime, where nothing would wake the task.
 pub(crate) fn check_runtime() -> Result<()> {
-    let missing = |_| ErrorKind::Unsupported { what: "waiting in a task outside of a tokio runtime" }.into();
+    let missing = |_| {
+        ErrorKind::Unsupported {
+            what: "waiting in a task outside of a tokio runtime",
+        }
+        .into()
+    };
     Handle::try_current().map(drop).map_err(missing)
 }
 
-/// Acquires a free lock in this thread, which blocks for no longer than a few system calls. Otherwise waits on a
-/// thread.
+/// Acquires a free lock in this thread, which blocks for no longer than a few system calls.
+/// Otherwise waits on a thread.
 pub(crate) async fn at_once_or_on_a_thread<G: Send + 'static>(
     wait: &Wait,
     info: &dyn LockInfo,
@@ -94,7 +104,8 @@ pub(crate) async fn on_a_thread<G: Send + 'static>(
     wait.check(info)?;
     let stop = CancelToken::new();
     let thread_wait = wait.for_thread(&stop);
-    // This also cancels when the future is dropped: the receiver is dropped first, so no result can arrive any more.
+    // This also cancels when the future is dropped: the receiver is dropped first, so no result can
+    // arrive any more.
     let stop = CancelOnDrop(stop);
     let mut taken = pin!(run_on_thread(info, move || take(&thread_wait)));
     let mut cancelled = pin!(wait.cancelled());
@@ -110,7 +121,8 @@ pub(crate) async fn on_a_thread<G: Send + 'static>(
     .await
 }
 
-/// Runs blocking work on its own thread. If the future is dropped, the thread continues, and drops the result.
+/// Runs blocking work on its own thread. If the future is dropped, the thread continues, and drops
+/// the result.
 pub(crate) async fn run_on_thread<T: Send + 'static>(
     info: &dyn LockInfo,
     work: impl FnOnce() -> Result<T> + Send + 'static,

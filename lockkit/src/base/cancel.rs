@@ -1,7 +1,7 @@
 //! Tokens that stop waits early.
 //!
-//! A token is a flag, an event for threads and a notification for tasks. A forked child inherits the flag, and creates
-//! its own event: an inherited event would wake the parent.
+//! A token is a flag, an event for threads and a notification for tasks. A forked child inherits
+//! the flag, and creates its own event: an inherited event would wake the parent.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,9 +11,11 @@ use crate::base::error::{Error, Result};
 use crate::sys::event::Event;
 use crate::sys::process_local::ProcessLocal;
 
-/// Stops waits early, from any thread. Clones are the same token; a cancelled token stays cancelled.
+/// Stops waits early, from any thread. Clones are the same token; a cancelled token stays
+/// cancelled.
 ///
-/// A token belongs to the process that created it: cancelling a copy in a forked child does not affect the parent.
+/// A token belongs to the process that created it: cancelling a copy in a forked child does not
+/// affect the parent.
 ///
 /// ```
 /// use lockkit::{CancelToken, NamedLock, Wait};
@@ -35,7 +37,8 @@ pub struct CancelToken(Arc<TokenState>);
 #[derive(Default)]
 struct TokenState {
     cancelled: AtomicBool,
-    /// The event that threads wait for. The first waiter creates it, so a token without waiters costs nothing.
+    /// The event that threads wait for. The first waiter creates it, so a token without waiters
+    /// costs nothing.
     event: ProcessLocal<Event>,
     /// The notification that tasks wait for, created in the same way.
     #[cfg(feature = "tokio")]
@@ -48,10 +51,11 @@ impl CancelToken {
         Self::default()
     }
 
-    /// Wakes all present and future waiters of this token with [`Cancelled`](crate::ErrorKind::Cancelled).
+    /// Wakes all present and future waiters of this token with
+    /// [`Cancelled`](crate::ErrorKind::Cancelled).
     pub fn cancel(&self) {
-        // The flag is set first: a waiter checks it after storing its event, so it sees the flag or its event is set. All
-        // these operations are sequentially consistent.
+        // The flag is set first: a waiter checks it after storing its event, so it sees the flag or
+        // its event is set. All these operations are sequentially consistent.
         self.0.cancelled.store(true, Ordering::SeqCst);
         if let Some(event) = self.0.event.get() {
             event.set();
@@ -77,7 +81,8 @@ impl CancelToken {
         Ok(event)
     }
 
-    /// Waits in a task until the token is cancelled, on any runtime. A dropped future leaves nothing behind.
+    /// Waits in a task until the token is cancelled, on any runtime. A dropped future leaves
+    /// nothing behind.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -106,7 +111,9 @@ impl CancelToken {
 
 impl fmt::Debug for CancelToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CancelToken").field("cancelled", &self.is_cancelled()).finish()
+        f.debug_struct("CancelToken")
+            .field("cancelled", &self.is_cancelled())
+            .finish()
     }
 }
 

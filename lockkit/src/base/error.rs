@@ -1,11 +1,13 @@
 //! The error type of the crate.
 //!
-//! [`Error`] is one word wide, so that a `Result` with a guard costs no more than the guard; the details are in a boxed
-//! [`ErrorKind`]. Programs mostly use the predicates, such as [`Error::is_held`]. Messages name the lock, its holder,
-//! the time of its acquisition, and the system's error.
+//! [`Error`] is one word wide, so that a `Result` with a guard costs no more than the guard; the
+//! details are in a boxed [`ErrorKind`]. Programs mostly use the predicates, such as
+//! [`Error::is_held`]. Messages name the lock, its holder, the time of its acquisition, and the
+//! system's error.
 //!
-//! `Display` includes the cause, so that `println!("{error}")` prints the system's error. Therefore `source()` does not
-//! repeat these causes: reporters that print the whole chain would print them twice.
+//! `Display` includes the cause, so that `println!("{error}")` prints the system's error. Therefore
+//! `source()` does not repeat these causes: reporters that print the whole chain would print them
+//! twice.
 
 use std::fmt;
 use std::io;
@@ -55,8 +57,8 @@ impl fmt::Display for Error {
     }
 }
 
-/// Formats the sentence of `Display`, followed by the causes that it leaves out: `main` and `unwrap` print it. `{:#?}`
-/// prints the fields of the error.
+/// Formats the sentence of `Display`, followed by the causes that it leaves out: `main` and
+/// `unwrap` print it. `{:#?}` prints the fields of the error.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match f.alternate() {
@@ -79,7 +81,10 @@ impl std::error::Error for Error {
 
 /// Returns the error and its causes, joined by colons.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    std::iter::successors(Some(error), |error| error.source())
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
 }
 
 /// The kind of an error; the example of [`Error`] matches on it.
@@ -107,7 +112,8 @@ pub enum ErrorKind {
         /// The holder, where it is known.
         owner: Option<Box<Owner>>,
     },
-    /// The [`CancelToken`](crate::CancelToken) of the wait was cancelled before the lock was acquired.
+    /// The [`CancelToken`](crate::CancelToken) of the wait was cancelled before the lock was
+    /// acquired.
     #[error("waiting for {lock} was cancelled")]
     Cancelled {
         /// The lock, for people: its kind and its name.
@@ -121,14 +127,15 @@ pub enum ErrorKind {
         /// The rule that it violates.
         rule: &'static str,
     },
-    /// A path is not absolute. It would name another file after a change of the working directory, which daemons make.
+    /// A path is not absolute. It would name another file after a change of the working directory,
+    /// which daemons make.
     #[error("invalid path {}: it must begin at the root", .path.display())]
     RelativePath {
         /// The path.
         path: PathBuf,
     },
-    /// A pidfile was expected at the path, but the file contains no pid in a form that programs write. The file is
-    /// unchanged.
+    /// A pidfile was expected at the path, but the file contains no pid in a form that programs
+    /// write. The file is unchanged.
     #[error("{} is not a pidfile: {rule}; it begins with \"{text}\"", .path.display())]
     NotAPidFile {
         /// The file.
@@ -146,7 +153,8 @@ pub enum ErrorKind {
         /// The beginning of its first line, escaped.
         text: String,
     },
-    /// Another user, which is not trusted with the lock, occupies its name or owns the directory that must contain it.
+    /// Another user, which is not trusted with the lock, occupies its name or owns the directory
+    /// that must contain it.
     #[error("{lock} is occupied by another user: uid {uid}{}; only that user or root can give it up", of_pid(*.pid))]
     ForeignOwner {
         /// The lock or directory.
@@ -164,7 +172,8 @@ pub enum ErrorKind {
         /// The problem, and how to fix it.
         problem: &'static str,
     },
-    /// The file was deleted or replaced repeatedly during the acquisition of its lock, or while the lock was held.
+    /// The file was deleted or replaced repeatedly during the acquisition of its lock, or while the
+    /// lock was held.
     #[error("{} was deleted or replaced by another process while its lock was in use", .path.display())]
     RogueDeletion {
         /// The file.
@@ -210,7 +219,8 @@ pub enum ErrorKind {
     },
     /// A file does not have the layout of this version of lockkit.
     ///
-    /// - The file of a lock table is something else, truncated, or from another version or another kind of machine.
+    /// - The file of a lock table is something else, truncated, or from another version or another
+    ///   kind of machine.
     /// - The file of a lease is from a later version, or contains the largest fencing token.
     #[error("cannot use {}: {problem}", .path.display())]
     LayoutMismatch {
@@ -251,8 +261,9 @@ pub enum ErrorKind {
         /// The store's last error.
         source: StoreError,
     },
-    /// The first instance of a program did not answer an activation in time: it hangs, is stopped, or accepts none. If
-    /// it had already accepted the activation, it may still handle it; otherwise the activation is dropped.
+    /// The first instance of a program did not answer an activation in time: it hangs, is stopped,
+    /// or accepts none. If it had already accepted the activation, it may still handle it;
+    /// otherwise the activation is dropped.
     #[error("{first} did not answer within {}{}", format_duration(*.waited), running(.owner))]
     NoAnswer {
         /// The instance, for people.
@@ -262,8 +273,9 @@ pub enum ErrorKind {
         /// The process of the first instance, where it is known.
         owner: Option<Box<Owner>>,
     },
-    /// The first instance of a program has reported that it did not handle an activation, or its answer is invalid or
-    /// incomplete. With an incomplete answer it may have handled the activation.
+    /// The first instance of a program has reported that it did not handle an activation, or its
+    /// answer is invalid or incomplete. With an incomplete answer it may have handled the
+    /// activation.
     #[error("{first} has not answered the activation: {problem}")]
     NotHandled {
         /// The instance, for people.
@@ -297,8 +309,8 @@ pub enum ErrorKind {
         /// How many processes can share it.
         most: u32,
     },
-    /// This system lacks the mechanism, or its mechanism could not give the guarantee; or lockkit was built without the
-    /// feature that it needs.
+    /// This system lacks the mechanism, or its mechanism could not give the guarantee; or lockkit
+    /// was built without the feature that it needs.
     #[error("{what} is not supported here")]
     Unsupported {
         /// The requested operation.
@@ -306,10 +318,10 @@ pub enum ErrorKind {
     },
     /// A system call that the lock needs failed.
     ///
-    /// A write beyond the limit of file sizes (`RLIMIT_FSIZE`, `ulimit -f`) is such an error only in a program that
-    /// ignores or handles `SIGXFSZ`. Rust programs do not by default, so the signal kills them, as at every other
-    /// write. The locks that such a program held are then free like those of any process that died. lockkit changes no
-    /// signal's handling.
+    /// A write beyond the limit of file sizes (`RLIMIT_FSIZE`, `ulimit -f`) is such an error only
+    /// in a program that ignores or handles `SIGXFSZ`. Rust programs do not by default, so the
+    /// signal kills them, as at every other write. The locks that such a program held are then free
+    /// like those of any process that died. lockkit changes no signal's handling.
     #[error("cannot {action} {}: {source}", .path.display())]
     Io {
         /// The attempted operation, as a verb: "open", "bind".
@@ -322,11 +334,17 @@ pub enum ErrorKind {
 }
 
 fn by(owner: &Option<Box<Owner>>) -> String {
-    owner.as_ref().map(|owner| format!(" by {}", owner.describe())).unwrap_or_default()
+    owner
+        .as_ref()
+        .map(|owner| format!(" by {}", owner.describe()))
+        .unwrap_or_default()
 }
 
 fn running(owner: &Option<Box<Owner>>) -> String {
-    owner.as_ref().map(|owner| format!("; it is {}", owner.describe())).unwrap_or_default()
+    owner
+        .as_ref()
+        .map(|owner| format!("; it is {}", owner.describe()))
+        .unwrap_or_default()
 }
 
 fn of_pid(pid: Option<u32>) -> String {
@@ -344,9 +362,13 @@ impl Error {
         matches!(self.kind(), ErrorKind::Held { .. })
     }
 
-    /// Returns whether the wait ended before the lock was free, or before the first instance answered.
+    /// Returns whether the wait ended before the lock was free, or before the first instance
+    /// answered.
     pub fn is_timeout(&self) -> bool {
-        matches!(self.kind(), ErrorKind::Timeout { .. } | ErrorKind::NoAnswer { .. })
+        matches!(
+            self.kind(),
+            ErrorKind::Timeout { .. } | ErrorKind::NoAnswer { .. }
+        )
     }
 
     /// Returns whether the wait was cancelled.
@@ -354,7 +376,8 @@ impl Error {
         matches!(self.kind(), ErrorKind::Cancelled { .. })
     }
 
-    /// Returns whether a retry after a short sleep may succeed: the lock was held, or the wait for it timed out.
+    /// Returns whether a retry after a short sleep may succeed: the lock was held, or the wait for
+    /// it timed out.
     pub fn is_temporary(&self) -> bool {
         self.is_held() || self.is_timeout()
     }
@@ -362,9 +385,9 @@ impl Error {
     /// Returns the holder of the lock, if the error concerns it and it is known.
     pub fn owner(&self) -> Option<&Owner> {
         match self.kind() {
-            ErrorKind::Held { owner, .. } | ErrorKind::Timeout { owner, .. } | ErrorKind::NoAnswer { owner, .. } => {
-                owner.as_deref()
-            }
+            ErrorKind::Held { owner, .. }
+            | ErrorKind::Timeout { owner, .. }
+            | ErrorKind::NoAnswer { owner, .. } => owner.as_deref(),
             _ => None,
         }
     }
@@ -373,8 +396,17 @@ impl Error {
         matches!(self.kind(), ErrorKind::Io { source, .. } if source.kind() == kind)
     }
 
-    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>, source: impl Into<io::Error>) -> Self {
-        ErrorKind::Io { action, path: path.as_ref().to_owned(), source: source.into() }.into()
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl AsRef<Path>,
+        source: impl Into<io::Error>,
+    ) -> Self {
+        ErrorKind::Io {
+            action,
+            path: path.as_ref().to_owned(),
+            source: source.into(),
+        }
+        .into()
     }
 }
 
@@ -384,27 +416,42 @@ impl From<ErrorKind> for Error {
     }
 }
 
-/// Converts a held lock to `WouldBlock`, a timeout to `TimedOut`, and a cancellation to `Interrupted`. A system's error
-/// keeps its kind. The lockkit error stays reachable through `get_ref`.
+/// Converts a held lock to `WouldBlock`, a timeout to `TimedOut`, and a cancellation to
+/// `Interrupted`. A system's error keeps its kind. The lockkit error stays reachable through
+/// `get_ref`.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match error.kind() {
             ErrorKind::Held { .. } => io::ErrorKind::WouldBlock,
             ErrorKind::Timeout { .. } | ErrorKind::NoAnswer { .. } => io::ErrorKind::TimedOut,
             ErrorKind::Cancelled { .. } => io::ErrorKind::Interrupted,
-            ErrorKind::InvalidName { .. } | ErrorKind::RelativePath { .. } => io::ErrorKind::InvalidInput,
-            ErrorKind::NotAPidFile { .. } | ErrorKind::NotALease { .. } => io::ErrorKind::InvalidData,
-            ErrorKind::ForeignOwner { .. } | ErrorKind::Insecure { .. } => io::ErrorKind::PermissionDenied,
-            ErrorKind::RogueDeletion { .. } | ErrorKind::NoSuchLock { .. } => io::ErrorKind::NotFound,
-            ErrorKind::Exhausted { .. } | ErrorKind::TooManyProcesses { .. } => io::ErrorKind::QuotaExceeded,
+            ErrorKind::InvalidName { .. } | ErrorKind::RelativePath { .. } => {
+                io::ErrorKind::InvalidInput
+            }
+            ErrorKind::NotAPidFile { .. } | ErrorKind::NotALease { .. } => {
+                io::ErrorKind::InvalidData
+            }
+            ErrorKind::ForeignOwner { .. } | ErrorKind::Insecure { .. } => {
+                io::ErrorKind::PermissionDenied
+            }
+            ErrorKind::RogueDeletion { .. } | ErrorKind::NoSuchLock { .. } => {
+                io::ErrorKind::NotFound
+            }
+            ErrorKind::Exhausted { .. } | ErrorKind::TooManyProcesses { .. } => {
+                io::ErrorKind::QuotaExceeded
+            }
             ErrorKind::AlreadyAllocated { .. } => io::ErrorKind::AlreadyExists,
-            ErrorKind::NotAllocated { .. } | ErrorKind::NotLocked { .. } => io::ErrorKind::InvalidInput,
+            ErrorKind::NotAllocated { .. } | ErrorKind::NotLocked { .. } => {
+                io::ErrorKind::InvalidInput
+            }
             ErrorKind::InvalidCapacity { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::LayoutMismatch { .. } => io::ErrorKind::InvalidData,
-            ErrorKind::InvalidOption { .. } | ErrorKind::InvalidUrl { .. } => io::ErrorKind::InvalidInput,
-            ErrorKind::LeaseLost { .. } | ErrorKind::Store { .. } | ErrorKind::NotHandled { .. } => {
-                io::ErrorKind::Other
+            ErrorKind::InvalidOption { .. } | ErrorKind::InvalidUrl { .. } => {
+                io::ErrorKind::InvalidInput
             }
+            ErrorKind::LeaseLost { .. }
+            | ErrorKind::Store { .. }
+            | ErrorKind::NotHandled { .. } => io::ErrorKind::Other,
             ErrorKind::TooLarge { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::Unsupported { .. } => io::ErrorKind::Unsupported,
             ErrorKind::Io { source, .. } => source.kind(),
@@ -416,17 +463,27 @@ impl From<Error> for io::Error {
 /// Returns the beginning of the first line of a file, escaped, for a message.
 pub(crate) fn first_line(bytes: &[u8]) -> String {
     const MAX_SHOWN: usize = 40;
-    let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let cut = String::from_utf8_lossy(&first[..first.len().min(MAX_SHOWN)]).escape_debug().to_string();
-    if first.len() > MAX_SHOWN { cut + "..." } else { cut }
+    let first = bytes
+        .split(|byte| *byte == b'\n')
+        .next()
+        .unwrap_or_default();
+    let cut = String::from_utf8_lossy(&first[..first.len().min(MAX_SHOWN)])
+        .escape_debug()
+        .to_string();
+    if first.len() > MAX_SHOWN {
+        cut + "..."
+    } else {
+        cut
+    }
 }
 
-/// The reason why a lease is not held any more, in [`Loss`](crate::Loss) and [`LostSignal`](crate::LostSignal).
+/// The reason why a lease is not held any more, in [`Loss`](crate::Loss) and
+/// [`LostSignal`](crate::LostSignal).
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LossReason {
-    /// The lease expired before it was renewed. The process was stopped, or asleep with the machine, or it did not call
-    /// [`progress`](crate::LeaseGuard::progress).
+    /// The lease expired before it was renewed. The process was stopped, or asleep with the
+    /// machine, or it did not call [`progress`](crate::LeaseGuard::progress).
     #[error("it was not renewed in time")]
     Expired,
     /// The record names another holder, or was freed by force.
@@ -467,13 +524,14 @@ pub enum LossReason {
 pub enum StoreError {
     /// The request had no effect; the same request may work later.
     NotApplied(Cause),
-    /// The request may have taken effect: no answer came, or the answer broke off. If an acquisition ends like this,
-    /// its claim may have an orphaned grant. The same is true if a later attempt of the acquisition has been granted
-    /// and released since. From then on, until a ttl after the request, the heartbeat [checks](crate::lease::LeaseStore::get) for the
-    /// claim, and gives an orphaned grant back.
+    /// The request may have taken effect: no answer came, or the answer broke off. If an
+    /// acquisition ends like this, its claim may have an orphaned grant. The same is true if a
+    /// later attempt of the acquisition has been granted and released since. From then on, until a
+    /// ttl after the request, the heartbeat [checks](crate::lease::LeaseStore::get) for the claim,
+    /// and gives an orphaned grant back.
     Unknown(Cause),
-    /// The request had no effect, and never will: the request, the name or the store's location is wrong. If the cause
-    /// is a lockkit [`Error`], acquiring fails with that error.
+    /// The request had no effect, and never will: the request, the name or the store's location is
+    /// wrong. If the cause is a lockkit [`Error`], acquiring fails with that error.
     Permanent(Cause),
 }
 
@@ -508,7 +566,11 @@ impl StoreError {
         };
         match cause.downcast::<Error>() {
             Ok(error) => *error,
-            Err(cause) => ErrorKind::Store { lock: lock(), source: kind(cause) }.into(),
+            Err(cause) => ErrorKind::Store {
+                lock: lock(),
+                source: kind(cause),
+            }
+            .into(),
         }
     }
 }
@@ -518,7 +580,9 @@ impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let outcome = match self {
             // The error of a built-in store is a complete sentence.
-            Self::NotApplied(cause) | Self::Permanent(cause) if cause.is::<Error>() => return cause.fmt(f),
+            Self::NotApplied(cause) | Self::Permanent(cause) if cause.is::<Error>() => {
+                return cause.fmt(f);
+            }
             Self::NotApplied(_) => "the store refused",
             Self::Unknown(_) => "the store may or may not have done it",
             Self::Permanent(_) => "the store cannot do this",
@@ -559,7 +623,12 @@ mod tests {
         let io: io::Error = error.into();
         assert_eq!(io.kind(), io::ErrorKind::NotFound);
         assert_eq!(io.to_string(), "cannot open /x: entity not found");
-        let ours = io.get_ref().and_then(|inner| inner.downcast_ref::<Error>()).unwrap();
-        assert!(matches!(ours.kind(), ErrorKind::Io { source, .. } if source.kind() == io::ErrorKind::NotFound));
+        let ours = io
+            .get_ref()
+            .and_then(|inner| inner.downcast_ref::<Error>())
+            .unwrap();
+        assert!(
+            matches!(ours.kind(), ErrorKind::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+        );
     }
 }

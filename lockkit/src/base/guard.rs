@@ -3,7 +3,8 @@
 use crate::base::error::Result;
 use crate::base::owner::Owner;
 
-/// A held lock. It borrows nothing, so it can be kept in a struct, held across `.await` and dropped on any thread.
+/// A held lock. It borrows nothing, so it can be kept in a struct, held across `.await` and dropped
+/// on any thread.
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 pub trait Guard: Send {
     /// Releases the lock now and returns any failure, which a drop cannot.
@@ -12,8 +13,8 @@ pub trait Guard: Send {
     /// Those of the kind of lock. The lock is released all the same.
     fn release(self) -> Result<()>;
 
-    /// Returns a report if the previous owner died while it held the lock. The report names that owner, where it is
-    /// known. The data that the lock protects may then be incomplete.
+    /// Returns a report if the previous owner died while it held the lock. The report names that
+    /// owner, where it is known. The data that the lock protects may then be incomplete.
     fn recovered(&self) -> Option<&Recovered>;
 }
 
@@ -34,7 +35,8 @@ impl Recovered {
     }
 }
 
-/// Formats for people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, or `an unknown process`.
+/// Formats for people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, or
+/// `an unknown process`.
 impl std::fmt::Display for Recovered {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.owner {

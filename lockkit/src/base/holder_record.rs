@@ -1,13 +1,13 @@
 //! The record of a lock's holder, which reports its death to the next holder.
 //!
-//! The kernel frees a named lock when its holder dies, and keeps no trace of that. So a holder writes its identity
-//! before the guard is returned, and clears the record before the lock is released. If the next holder finds a written
-//! record, the previous holder died, and the record identifies it. Only the holder writes, and the lock itself makes
-//! the writes of one holder visible to the next. The record excludes no process: losing it loses a report, never the
-//! lock.
+//! The kernel frees a named lock when its holder dies, and keeps no trace of that. So a holder
+//! writes its identity before the guard is returned, and clears the record before the lock is
+//! released. If the next holder finds a written record, the previous holder died, and the record
+//! identifies it. Only the holder writes, and the lock itself makes the writes of one holder
+//! visible to the next. The record excludes no process: losing it loses a report, never the lock.
 //!
-//! A record is [`WORDS`] 64-bit words, native byte order. A writer sets the state last, and clears nothing but the
-//! state:
+//! A record is [`WORDS`] 64-bit words, native byte order. A writer sets the state last, and clears
+//! nothing but the state:
 //! ```text
 //! 0      state: CLEARED or WRITTEN
 //! 1      pid
@@ -19,7 +19,8 @@
 //! 11     when acquired, nanoseconds since the epoch
 //! 12     unused
 //! ```
-//! The records of locks that are not files have the same words, except for the first, in a table: see `named/records.rs`.
+//! The records of locks that are not files have the same words, except for the first, in a table:
+//! see `named/records.rs`.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -64,8 +65,8 @@ const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit2");
 
 pub(crate) type Words = [u64; WORDS];
 
-/// The place where a record is kept. A record that cannot be read counts as none, and a failed write is ignored: both
-/// lose only a report.
+/// The place where a record is kept. A record that cannot be read counts as none, and a failed
+/// write is ignored: both lose only a report.
 pub(crate) trait RecordStorage {
     /// Returns the record, unless it is cleared.
     fn read(&self) -> Option<Words>;
@@ -74,8 +75,8 @@ pub(crate) trait RecordStorage {
     fn clear(&self);
 }
 
-/// A record in a file, through system calls: a mapping would fault if a hostile user truncated the file, or if the disk
-/// was full.
+/// A record in a file, through system calls: a mapping would fault if a hostile user truncated the
+/// file, or if the disk was full.
 impl RecordStorage for File {
     fn read(&self) -> Option<Words> {
         let mut bytes = [0; WRITTEN_BY_HOLDER.end * WORD];
@@ -106,12 +107,18 @@ impl RecordStorage for File {
     }
 }
 
-/// Clears the record if writing fails: a punched hole reads as zeros, takes no room and meets no limit of sizes.
+/// Clears the record if writing fails: a punched hole reads as zeros, takes no room and meets no
+/// limit of sizes.
 #[cold]
 fn punch_hole(file: &File) {
     const _: () = assert!(STATE == 0 && CLEARED == 0);
     #[cfg(target_os = "linux")]
-    let _ = fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, WORD as u64);
+    let _ = fallocate(
+        file,
+        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+        0,
+        WORD as u64,
+    );
     #[cfg(not(target_os = "linux"))]
     let _ = file.write_all_at(&CLEARED.to_ne_bytes(), 0);
 }
@@ -166,14 +173,18 @@ pub(crate) fn with_current<T>(what: impl Fn(&Words) -> T) -> T {
     }
     let done = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
         Some((process, record)) if process.is_current() && is_complete(record) => what(record),
-        current => what(&current.insert((ProcessId::current(), encode(&Owner::current()))).1),
+        current => what(
+            &current
+                .insert((ProcessId::current(), encode(&Owner::current())))
+                .1,
+        ),
     });
     // A thread that is ending no longer has thread-local storage.
     done.unwrap_or_else(|_| what(&encode(&Owner::current())))
 }
 
-/// Returns whether the record has everything that distinguishes the process from all others. A part that could not be
-/// read, for example without a free descriptor, is read again next time.
+/// Returns whether the record has everything that distinguishes the process from all others. A part
+/// that could not be read, for example without a free descriptor, is read again next time.
 fn is_complete(record: &Words) -> bool {
     record[START] != 0 && record[NAMESPACE] != 0 && record[BOOT] != [0, 0]
 }
@@ -189,14 +200,19 @@ impl LivenessCache {
     /// Returns whether the owner lives or may live.
     pub(crate) fn may_live(&mut self, owner: &Owner) -> bool {
         let identity = (owner.pid, [owner.start, owner.namespace], owner.boot);
-        *self.0.entry(identity).or_insert_with(|| owner.liveness_by_name() != Liveness::Dead)
+        *self
+            .0
+            .entry(identity)
+            .or_insert_with(|| owner.liveness_by_name() != Liveness::Dead)
     }
 }
 
-/// Returns the nanoseconds since the epoch, by the clock that is cheapest to read. An error of a few milliseconds does
-/// not matter to a reader of the record.
+/// Returns the nanoseconds since the epoch, by the clock that is cheapest to read. An error of a
+/// few milliseconds does not matter to a reader of the record.
 pub(crate) fn now() -> u64 {
-    let since = process::cheap_time().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since = process::cheap_time()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     since.as_nanos() as u64
 }
 
@@ -213,7 +229,10 @@ pub(crate) fn encode(owner: &Owner) -> Words {
     while !program.is_char_boundary(end) {
         end -= 1;
     }
-    for (word, letters) in words[PROGRAM].iter_mut().zip(program.as_bytes()[..end].chunks(WORD)) {
+    for (word, letters) in words[PROGRAM]
+        .iter_mut()
+        .zip(program.as_bytes()[..end].chunks(WORD))
+    {
         let mut bytes = [0; WORD];
         bytes[..letters.len()].copy_from_slice(letters);
         *word = u64::from_ne_bytes(bytes);
@@ -226,14 +245,18 @@ fn decode(words: &Words) -> Option<Owner> {
     (words[STATE] == WRITTEN).then(|| owner_of(words)).flatten()
 }
 
-/// Returns the holder that the words name, whatever their state, and `None` if they are not one whole record.
+/// Returns the holder that the words name, whatever their state, and `None` if they are not one
+/// whole record.
 pub(crate) fn owner_of(words: &Words) -> Option<Owner> {
     if words[SUM] != sum(words) {
         return None;
     }
     let some = |word: u64| (word != 0).then_some(word);
-    let program: Vec<u8> =
-        words[PROGRAM].iter().flat_map(|word| word.to_ne_bytes()).take_while(|byte| *byte != 0).collect();
+    let program: Vec<u8> = words[PROGRAM]
+        .iter()
+        .flat_map(|word| word.to_ne_bytes())
+        .take_while(|byte| *byte != 0)
+        .collect();
     Some(Owner {
         pid: u32::try_from(words[PID]).ok()?,
         start: some(words[START]),
@@ -241,7 +264,9 @@ pub(crate) fn owner_of(words: &Words) -> Option<Owner> {
         boot: Some(u128::from(words[4]) | u128::from(words[5]) << 64).filter(|boot| *boot != 0),
         // A named lock belongs to this machine; the boot id distinguishes an earlier boot of it.
         host: process::host().map(str::to_owned),
-        program: String::from_utf8(program).ok().filter(|program| !program.is_empty()),
+        program: String::from_utf8(program)
+            .ok()
+            .filter(|program| !program.is_empty()),
         acquired: some(words[ACQUIRED])
             .and_then(|nanos| SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanos))),
     })
@@ -270,7 +295,11 @@ mod tests {
         assert_eq!(died, me);
         storage.clear();
         assert_eq!(holder(storage), None);
-        assert_eq!(record_current(storage), None, "the previous holder released");
+        assert_eq!(
+            record_current(storage),
+            None,
+            "the previous holder released"
+        );
     }
 
     #[test]
@@ -279,7 +308,10 @@ mod tests {
         record_current(storage);
         storage[2].fetch_add(1, Ordering::Relaxed);
         assert_eq!(holder(storage), None);
-        assert_eq!(record_current(storage), Some(Box::new(Recovered::new(None))));
+        assert_eq!(
+            record_current(storage),
+            Some(Box::new(Recovered::new(None)))
+        );
     }
 
     #[test]

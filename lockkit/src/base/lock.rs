@@ -8,7 +8,8 @@ use crate::base::wait::Wait;
 
 /// A lock that one owner at a time can hold, in any thread or process.
 ///
-/// Every lock type also has these four methods itself, so only code that works with any lock needs the trait.
+/// Every lock type also has these four methods itself, so only code that works with any lock needs
+/// the trait.
 ///
 /// ```
 /// use lockkit::{Lock, NamedLock, Result};
@@ -29,13 +30,15 @@ pub trait Lock {
     ///
     /// # Errors
     /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
-    /// [`Cancelled`](crate::ErrorKind::Cancelled), as `wait` says, and those that the kind of lock adds.
+    /// [`Cancelled`](crate::ErrorKind::Cancelled), as `wait` says, and those that the kind of lock
+    /// adds.
     fn acquire(&self, wait: &Wait) -> Result<Self::Guard>;
 
     /// Acquires the lock if it is free now.
     ///
     /// # Errors
-    /// [`Held`](crate::ErrorKind::Held) if it is not, and those that [`acquire`](Self::acquire) adds.
+    /// [`Held`](crate::ErrorKind::Held) if it is not, and those that [`acquire`](Self::acquire)
+    /// adds.
     #[inline]
     fn try_lock(&self) -> Result<Self::Guard> {
         self.acquire(&Wait::none())
@@ -53,22 +56,23 @@ pub trait Lock {
     /// Acquires the lock, waiting at most `limit`.
     ///
     /// # Errors
-    /// [`Timeout`](crate::ErrorKind::Timeout) if it was still held then, and those that [`acquire`](Self::acquire)
-    /// adds.
+    /// [`Timeout`](crate::ErrorKind::Timeout) if it was still held then, and those that
+    /// [`acquire`](Self::acquire) adds.
     fn lock_for(&self, limit: Duration) -> Result<Self::Guard> {
         self.acquire(&Wait::at_most(limit))
     }
 }
 
-/// Implements the methods of [`Lock`] and `AsyncLock` on a lock type, from an inherent `acquire` and a private
-/// `take_async`. `in_tasks` documents how the latter waits.
+/// Implements the methods of [`Lock`] and `AsyncLock` on a lock type, from an inherent `acquire`
+/// and a private `take_async`. `in_tasks` documents how the latter waits.
 macro_rules! lock_methods {
     ($lock:ty, $guard:ty, in_tasks: $in_tasks:expr) => {
         impl $lock {
             /// Acquires the lock if it is free now.
             ///
             /// # Errors
-            /// [`Held`](crate::ErrorKind::Held) if it is not, and those that [`acquire`](Self::acquire) adds.
+            /// [`Held`](crate::ErrorKind::Held) if it is not, and those that
+            /// [`acquire`](Self::acquire) adds.
             #[inline]
             pub fn try_lock(&self) -> $crate::Result<$guard> {
                 $crate::Lock::try_lock(self)
@@ -96,12 +100,14 @@ macro_rules! lock_methods {
 
         #[cfg(feature = "tokio")]
         impl $lock {
-            /// Acquires as [`acquire`](Self::acquire), in a task: other tasks can use the thread during the wait.
+            /// Acquires as [`acquire`](Self::acquire), in a task: other tasks can use the thread
+            /// during the wait.
             ///
             #[doc = $in_tasks]
             ///
-            /// Dropping the future gives up: this process does not keep the lock, and no resources stay behind. Only a
-            /// lease may still be granted by a request in flight; it is then released.
+            /// Dropping the future gives up: this process does not keep the lock, and no resources
+            /// stay behind. Only a lease may still be granted by a request in flight; it is then
+            /// released.
             ///
             /// ```
             /// use std::time::Duration;

@@ -14,6 +14,11 @@ pub(crate) trait LockInfo: Sync {
     fn holder(&self) -> Option<Owner>;
     /// Returns the error for a caller that does not wait.
     fn held(&self) -> Error {
-        ErrorKind::Held { lock: self.describe(), owner: self.holder().map(Box::new), source: None }.into()
+        ErrorKind::Held {
+            lock: self.describe(),
+            owner: self.holder().map(Box::new),
+            source: None,
+        }
+        .into()
     }
 }

@@ -1,4 +1,5 @@
-//! What all kinds of locks share: errors, owners, waiting, events, and the directories of lockkit's own files.
+//! What all kinds of locks share: errors, owners, waiting, events, and the directories of lockkit's
+//! own files.
 //!
 //! | module | contents |
 //! |---|---|

@@ -1,12 +1,14 @@
 //! The rule for all lock names.
 //!
-//! A name is part of a kernel object's name on one system and of a file name on another, appears in logs, and is typed
-//! into shells. So it is an ASCII letter followed by ASCII letters, digits, `-`, `_` and `.`, and has 1 to [`MAX_LEN`]
-//! bytes. The check is `const`, so that `#[single_instance]` does it at compile time.
+//! A name is part of a kernel object's name on one system and of a file name on another, appears in
+//! logs, and is typed into shells. So it is an ASCII letter followed by ASCII letters, digits, `-`,
+//! `_` and `.`, and has 1 to [`MAX_LEN`] bytes. The check is `const`, so that `#[single_instance]`
+//! does it at compile time.
 
 use crate::base::error::{Error, ErrorKind, Result};
 
-/// The longest name, in bytes: the longest prefix and a name together still fit into a Unix socket address.
+/// The longest name, in bytes: the longest prefix and a name together still fit into a Unix socket
+/// address.
 pub(crate) const MAX_LEN: usize = 80;
 
 /// Returns the rule that `name` violates, in words, or `Ok` for a valid name.
@@ -38,7 +40,10 @@ pub(crate) const fn check(name: &str) -> std::result::Result<(), &'static str> {
 pub(crate) fn checked(name: &str) -> Result<&str> {
     match check(name) {
         Ok(()) => Ok(name),
-        Err(rule) => Err(Error::from(ErrorKind::InvalidName { name: name.chars().take(MAX_LEN).collect(), rule })),
+        Err(rule) => Err(Error::from(ErrorKind::InvalidName {
+            name: name.chars().take(MAX_LEN).collect(),
+            rule,
+        })),
     }
 }
 
@@ -48,7 +53,13 @@ mod tests {
 
     #[test]
     fn valid_name_is_accepted() {
-        for name in ["a", "test-42", "com.example.app", "A_b-c.d9", &"x".repeat(MAX_LEN)] {
+        for name in [
+            "a",
+            "test-42",
+            "com.example.app",
+            "A_b-c.d9",
+            &"x".repeat(MAX_LEN),
+        ] {
             assert_eq!(checked(name).unwrap(), name);
         }
     }
@@ -67,7 +78,10 @@ mod tests {
             ("naïve", "ASCII letters, digits"),
         ] {
             let error = checked(name).unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::InvalidName { .. }), "{error:?}");
+            assert!(
+                matches!(error.kind(), ErrorKind::InvalidName { .. }),
+                "{error:?}"
+            );
             assert!(error.to_string().contains(rule), "{name:?}: {error}");
         }
     }

@@ -1,8 +1,9 @@
 //! The holder of a lock, and whether its process still lives.
 //!
-//! A pid alone is never enough: it is reused, means another process in another container, and means nothing on another
-//! host. An [`Owner`] is a pid with the process's start time, boot, pid namespace and host. If these cannot be
-//! compared, the result is [`Liveness::Unknown`], and unknown counts as alive.
+//! A pid alone is never enough: it is reused, means another process in another container, and means
+//! nothing on another host. An [`Owner`] is a pid with the process's start time, boot, pid
+//! namespace and host. If these cannot be compared, the result is [`Liveness::Unknown`], and
+//! unknown counts as alive.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -13,10 +14,11 @@ use crate::sys::process::{self, Probe};
 
 /// A process that holds a lock, or held it.
 ///
-/// Besides the pid it contains the start time of the process, the boot ([random(4)], `boot_id`), the pid namespace
-/// ([pid_namespaces(7)]) and the host. On Linux the start time is in ticks of the kernel since boot, field 22 of
-/// [proc_pid_stat(5)], which does not change when the clock is set. Two owners are equal if all of these are equal, and
-/// also their programs and the times at which they acquired the lock.
+/// Besides the pid it contains the start time of the process, the boot ([random(4)], `boot_id`),
+/// the pid namespace ([pid_namespaces(7)]) and the host. On Linux the start time is in ticks of the
+/// kernel since boot, field 22 of [proc_pid_stat(5)], which does not change when the clock is set.
+/// Two owners are equal if all of these are equal, and also their programs and the times at which
+/// they acquired the lock.
 ///
 /// ```
 /// use lockkit::{Liveness, Owner};
@@ -53,9 +55,11 @@ pub struct Owner {
 pub enum Liveness {
     /// The same process runs.
     Alive,
-    /// It has ended: its pid is free, reused by a later process, or left to a zombie, or its host has booted since.
+    /// It has ended: its pid is free, reused by a later process, or left to a zombie, or its host
+    /// has booted since.
     Dead,
-    /// It cannot be determined, because it belongs to another host or pid namespace. It always counts as alive.
+    /// It cannot be determined, because it belongs to another host or pid namespace. It always
+    /// counts as alive.
     Unknown,
 }
 
@@ -68,15 +72,19 @@ impl Owner {
     /// ```
     pub fn current() -> Self {
         thread_local! {
-            /// Reading it costs tens of microseconds, so each thread caches it until a fork invalidates it.
+            /// Reading it costs tens of microseconds, so each thread caches it until a fork
+            /// invalidates it.
             static CURRENT: RefCell<Option<(ProcessId, Owner)>> = const { RefCell::new(None) };
         }
         let cached = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
             Some((process, owner)) if process.is_current() => owner.clone(),
             current => {
                 let owner = Self::read_current();
-                // A part that could not be read, for example without a free descriptor, is read again next time.
-                *current = owner.is_complete().then(|| (ProcessId::current(), owner.clone()));
+                // A part that could not be read, for example without a free descriptor, is read
+                // again next time.
+                *current = owner
+                    .is_complete()
+                    .then(|| (ProcessId::current(), owner.clone()));
                 owner
             }
         });
@@ -92,11 +100,11 @@ impl Owner {
         }
     }
 
-    /// Returns the process that has `pid` in this process's pid namespace now. Returns `None` if there is none, or only
-    /// a zombie.
+    /// Returns the process that has `pid` in this process's pid namespace now. Returns `None` if
+    /// there is none, or only a zombie.
     ///
-    /// Store the owner rather than the pid: then [`liveness`](Self::liveness) distinguishes this process from a later
-    /// one.
+    /// Store the owner rather than the pid: then [`liveness`](Self::liveness) distinguishes this
+    /// process from a later one.
     ///
     /// ```
     /// use lockkit::{Liveness, Owner};
@@ -130,27 +138,46 @@ impl Owner {
         }
     }
 
-    /// Returns the process that has `pid` in an unknown place, and about which nothing else is known.
+    /// Returns the process that has `pid` in an unknown place, and about which nothing else is
+    /// known.
     pub(crate) fn unknown(pid: u32) -> Self {
-        Self { pid, start: None, boot: None, namespace: None, host: None, program: None, acquired: None }
+        Self {
+            pid,
+            start: None,
+            boot: None,
+            namespace: None,
+            host: None,
+            program: None,
+            acquired: None,
+        }
     }
 
-    /// Returns a process of this host by its pid alone, which is 0 if another pid namespace hides the process. Reading
-    /// the other fields would take too long.
+    /// Returns a process of this host by its pid alone, which is 0 if another pid namespace hides
+    /// the process. Reading the other fields would take too long.
     #[cfg(target_os = "linux")]
     pub(crate) fn by_pid(pid: u32) -> Self {
-        Self { pid, namespace: (pid != 0).then(process::pid_namespace).flatten(), ..Self::hidden() }
+        Self {
+            pid,
+            namespace: (pid != 0).then(process::pid_namespace).flatten(),
+            ..Self::hidden()
+        }
     }
 
-    /// Returns the process of this pid namespace that had `pid`, and has ended, whatever process has the pid now.
+    /// Returns the process of this pid namespace that had `pid`, and has ended, whatever process
+    /// has the pid now.
     pub(crate) fn ended(pid: u32) -> Self {
         /// No process starts at the same tick as the kernel.
         const START_OF_KERNEL: u64 = 0;
-        Self { pid, start: Some(START_OF_KERNEL), namespace: process::pid_namespace(), ..Self::hidden() }
+        Self {
+            pid,
+            start: Some(START_OF_KERNEL),
+            namespace: process::pid_namespace(),
+            ..Self::hidden()
+        }
     }
 
-    /// Returns the process that has `pid`, and that was seen to have the start time `start`. The informative fields may
-    /// already belong to a later process.
+    /// Returns the process that has `pid`, and that was seen to have the start time `start`. The
+    /// informative fields may already belong to a later process.
     pub(crate) fn read(pid: u32, start: Option<u64>) -> Self {
         Self {
             pid,
@@ -163,13 +190,15 @@ impl Owner {
         }
     }
 
-    /// Sets the name of another program, for a process that is about to execute that program (exec).
+    /// Sets the name of another program, for a process that is about to execute that program
+    /// (exec).
     pub fn with_program(mut self, program: impl Into<String>) -> Self {
         self.program = Some(program.into());
         self
     }
 
-    /// Returns its pid, as a number of its own pid namespace; 0 if that namespace hides it from this process.
+    /// Returns its pid, as a number of its own pid namespace; 0 if that namespace hides it from
+    /// this process.
     pub fn pid(&self) -> u32 {
         self.pid
     }
@@ -179,7 +208,8 @@ impl Owner {
         self.program.as_deref()
     }
 
-    /// Returns the host that it runs on: the host's name and, where there is one, the id of its installation.
+    /// Returns the host that it runs on: the host's name and, where there is one, the id of its
+    /// installation.
     pub fn host(&self) -> Option<&str> {
         self.host.as_deref()
     }
@@ -191,23 +221,26 @@ impl Owner {
 
     /// Returns whether it still lives. Asks the system at each call.
     ///
-    /// A process of another user that must not be signalled (`EPERM`) lives, and so does a stopped process. A zombie is
-    /// dead. A process that was recorded in another pid namespace or on another host is unknown, because its pid means
-    /// nothing here, unless this host has booted since. A killed process counts as dead as soon as it can run no more
-    /// code, even if the kernel has not cleaned it up yet.
+    /// A process of another user that must not be signalled (`EPERM`) lives, and so does a stopped
+    /// process. A zombie is dead. A process that was recorded in another pid namespace or on
+    /// another host is unknown, because its pid means nothing here, unless this host has booted
+    /// since. A killed process counts as dead as soon as it can run no more code, even if the
+    /// kernel has not cleaned it up yet.
     ///
-    /// The id of the installation (`/etc/machine-id`) shows whether the host is this one. Without that id, an owner
-    /// from before the last boot is unknown, because another host may have the same name. So is an owner in a container
-    /// (with its own pid namespace or jail). Its name and id may be those of its image, and a copy of the image may run
-    /// elsewhere.
+    /// The id of the installation (`/etc/machine-id`) shows whether the host is this one. Without
+    /// that id, an owner from before the last boot is unknown, because another host may have the
+    /// same name. So is an owner in a container (with its own pid namespace or jail). Its name and
+    /// id may be those of its image, and a copy of the image may run elsewhere.
     pub fn liveness(&self) -> Liveness {
         let is_of_the_host = self.namespace.is_some_and(process::is_of_the_host);
-        self.liveness_if(|host| is_of_the_host && Some(host) == process::host() && process::has_installation_id(host))
+        self.liveness_if(|host| {
+            is_of_the_host && Some(host) == process::host() && process::has_installation_id(host)
+        })
     }
 
-    /// Returns the liveness as [`liveness`](Self::liveness), but a record with the name of this host counts as this
-    /// host's. It is for places that hosts usually do not share, and where another check decides which process may
-    /// proceed.
+    /// Returns the liveness as [`liveness`](Self::liveness), but a record with the name of this
+    /// host counts as this host's. It is for places that hosts usually do not share, and where
+    /// another check decides which process may proceed.
     pub(crate) fn liveness_by_name(&self) -> Liveness {
         self.liveness_if(|host| Some(host) == process::host())
     }
@@ -215,7 +248,8 @@ impl Owner {
     fn liveness_if(&self, is_here: impl FnOnce(&str) -> bool) -> Liveness {
         match (self.boot, process::boot_id()) {
             (Some(then), Some(now)) if then != now => {
-                // The same host has booted since, or it is another host, about which nothing is known.
+                // The same host has booted since, or it is another host, about which nothing is
+                // known.
                 return match self.host.as_deref().is_some_and(is_here) {
                     true => Liveness::Dead,
                     false => Liveness::Unknown,
@@ -236,18 +270,26 @@ impl Owner {
 
     /// Returns whether it has everything that distinguishes the process from all others.
     pub(crate) fn is_complete(&self) -> bool {
-        self.start.is_some() && self.boot.is_some() && self.namespace.is_some() && self.host.is_some()
+        self.start.is_some()
+            && self.boot.is_some()
+            && self.namespace.is_some()
+            && self.host.is_some()
     }
 
-    /// Returns whether it belongs to this run of this kernel, and to another pid namespace than this process.
+    /// Returns whether it belongs to this run of this kernel, and to another pid namespace than
+    /// this process.
     pub(crate) fn is_of_another_namespace(&self) -> bool {
         let mine = process::pid_namespace();
-        self.is_of_this_boot() && self.namespace.is_some() && mine.is_some() && self.namespace != mine
+        self.is_of_this_boot()
+            && self.namespace.is_some()
+            && mine.is_some()
+            && self.namespace != mine
     }
 
-    /// Returns whether the process is alive and stopped, by a signal such as SIGSTOP or by a debugger. Then it keeps
-    /// its lock, and does nothing until it is continued. The result is false where that is unknown: on systems other
-    /// than Linux, and for a process of another host or pid namespace. The result is a snapshot.
+    /// Returns whether the process is alive and stopped, by a signal such as SIGSTOP or by a
+    /// debugger. Then it keeps its lock, and does nothing until it is continued. The result is
+    /// false where that is unknown: on systems other than Linux, and for a process of another host
+    /// or pid namespace. The result is a snapshot.
     ///
     /// ```
     /// assert!(!lockkit::Owner::current().is_stopped());
@@ -261,10 +303,12 @@ impl Owner {
         self.boot.is_some() && self.boot == process::boot_id()
     }
 
-    /// Returns whether both are the same process, whatever program it runs and since when it holds a lock.
+    /// Returns whether both are the same process, whatever program it runs and since when it holds
+    /// a lock.
     ///
-    /// A pid that was given out again is another process: the start time, the boot, the pid namespace and the host are
-    /// compared, too. The call compares only the two values, and asks the system nothing.
+    /// A pid that was given out again is another process: the start time, the boot, the pid
+    /// namespace and the host are compared, too. The call compares only the two values, and asks
+    /// the system nothing.
     ///
     /// ```
     /// use lockkit::Owner;
@@ -273,17 +317,25 @@ impl Owner {
     /// ```
     pub fn is_same_process(&self, other: &Self) -> bool {
         (self.pid, self.start, self.boot, self.namespace, &self.host)
-            == (other.pid, other.start, other.boot, other.namespace, &other.host)
+            == (
+                other.pid,
+                other.start,
+                other.boot,
+                other.namespace,
+                &other.host,
+            )
     }
 
     /// Returns whether it is the calling process, or a program that ran in it before an exec.
     pub(crate) fn is_this_process(&self) -> bool {
         let me = Self::current();
         me.start.is_some()
-            && (self.pid, self.start, self.boot, self.namespace) == (me.pid, me.start, me.boot, me.namespace)
+            && (self.pid, self.start, self.boot, self.namespace)
+                == (me.pid, me.start, me.boot, me.namespace)
     }
 
-    /// Describes it for people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, as far as it is known.
+    /// Describes it for people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, as
+    /// far as it is known.
     ///
     /// ```
     /// let text = lockkit::Owner::current().describe();
@@ -298,9 +350,17 @@ impl Owner {
         if let Some(program) = &self.program {
             text += &format!(" ({})", program.escape_debug());
         }
-        if self.host.is_some() && process::host().is_some_and(|host| self.host.as_deref() != Some(host)) {
-            text += &format!(" on host {}", self.host.as_deref().unwrap_or_default().escape_debug());
-        } else if self.namespace.is_some_and(|namespace| process::pid_namespace() != Some(namespace)) {
+        if self.host.is_some()
+            && process::host().is_some_and(|host| self.host.as_deref() != Some(host))
+        {
+            text += &format!(
+                " on host {}",
+                self.host.as_deref().unwrap_or_default().escape_debug()
+            );
+        } else if self
+            .namespace
+            .is_some_and(|namespace| process::pid_namespace() != Some(namespace))
+        {
             // A reader must not take it for a pid of this namespace.
             text += " in another pid namespace";
         }
@@ -325,7 +385,11 @@ impl fmt::Display for Owner {
 pub(crate) fn format_utc(moment: SystemTime) -> String {
     /// The last second of the year 9999: a damaged record may claim any number.
     const MAX_SECONDS: u64 = 253_402_300_799;
-    let seconds = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs().min(MAX_SECONDS);
+    let seconds = moment
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+        .min(MAX_SECONDS);
     let (mut days, clock) = (seconds / 86_400, seconds % 86_400);
     let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
     let mut year = 1970;
@@ -343,7 +407,10 @@ pub(crate) fn format_utc(moment: SystemTime) -> String {
         month += 1;
     }
     let (hour, minute, second) = (clock / 3600, clock / 60 % 60, clock % 60);
-    format!("{year}-{month:02}-{:02} {hour:02}:{minute:02}:{second:02} UTC", days + 1)
+    format!(
+        "{year}-{month:02}-{:02} {hour:02}:{minute:02}:{second:02} UTC",
+        days + 1
+    )
 }
 
 /// Formats a span of time for people, in its two largest units: `2 min 5 s`.
@@ -371,7 +438,10 @@ mod tests {
             (1_735_689_599, "2024-12-31 23:59:59 UTC"),
             (4_107_542_400, "2100-03-01 00:00:00 UTC"),
         ] {
-            assert_eq!(format_utc(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)), text);
+            assert_eq!(
+                format_utc(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)),
+                text
+            );
         }
     }
 
@@ -402,7 +472,14 @@ mod tests {
         assert_eq!(owner.liveness_by_name(), Liveness::Dead);
         let is_of_the_host = owner.namespace.is_some_and(process::is_of_the_host);
         let has_id = is_of_the_host && process::host().is_some_and(process::has_installation_id);
-        assert_eq!(owner.liveness(), if has_id { Liveness::Dead } else { Liveness::Unknown });
+        assert_eq!(
+            owner.liveness(),
+            if has_id {
+                Liveness::Dead
+            } else {
+                Liveness::Unknown
+            }
+        );
         owner.host = Some("elsewhere".into());
         assert_eq!(owner.liveness(), Liveness::Unknown);
         owner.host = None;
@@ -419,7 +496,10 @@ mod tests {
         assert_eq!(owner.liveness(), Liveness::Unknown, "in a container");
         owner.namespace = Owner::current().namespace;
         owner.host = Some("localhost".into());
-        assert!(!process::has_installation_id("localhost") && process::has_installation_id("localhost/1f"));
+        assert!(
+            !process::has_installation_id("localhost")
+                && process::has_installation_id("localhost/1f")
+        );
         assert_eq!(owner.liveness(), Liveness::Unknown);
     }
 

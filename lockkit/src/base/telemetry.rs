@@ -10,8 +10,9 @@
 //! | error | `lost`: a lease has ended before its release | `token`, `reason` |
 //! | trace | `released` | |
 //!
-//! Every acquisition goes through [`acquire`] or [`acquire_async`], so the kinds of lock do not depend on spans.
-//! Without a subscriber each call is one comparison with tracing's highest level; without the feature it is nothing.
+//! Every acquisition goes through [`acquire`] or [`acquire_async`], so the kinds of lock do not
+//! depend on spans. Without a subscriber each call is one comparison with tracing's highest level;
+//! without the feature it is nothing.
 
 #[cfg(feature = "tracing")]
 mod enabled {
@@ -33,8 +34,15 @@ mod enabled {
 
     /// Reports an acquisition.
     #[inline]
-    pub(crate) fn acquire<G: Guard>(lock: &dyn LockInfo, take: impl FnOnce() -> Result<G>) -> Result<G> {
-        if is_on() { Acquisition::of(lock).run(take) } else { take() }
+    pub(crate) fn acquire<G: Guard>(
+        lock: &dyn LockInfo,
+        take: impl FnOnce() -> Result<G>,
+    ) -> Result<G> {
+        if is_on() {
+            Acquisition::of(lock).run(take)
+        } else {
+            take()
+        }
     }
 
     /// Reports an acquisition by a task.
@@ -52,10 +60,14 @@ mod enabled {
         acquisition.span.in_scope(|| acquisition.report(result))
     }
 
-    /// Wraps the work so that it runs in the span and for the subscriber of this thread, on any thread.
+    /// Wraps the work so that it runs in the span and for the subscriber of this thread, on any
+    /// thread.
     #[cfg(feature = "tokio")]
     pub(crate) fn in_current_span<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
-        let (span, subscriber) = (Span::current(), tracing::dispatcher::get_default(Clone::clone));
+        let (span, subscriber) = (
+            Span::current(),
+            tracing::dispatcher::get_default(Clone::clone),
+        );
         move || tracing::dispatcher::with_default(&subscriber, || span.in_scope(work))
     }
 
@@ -107,7 +119,12 @@ mod enabled {
         fn of(lock: &dyn LockInfo) -> Self {
             let (kind, name) = lock.label();
             let span = debug_span!(target: "lockkit", "acquire", kind, name);
-            Self { kind, name, since: Instant::now(), span }
+            Self {
+                kind,
+                name,
+                since: Instant::now(),
+                span,
+            }
         }
 
         #[cold]
@@ -116,7 +133,9 @@ mod enabled {
         }
 
         fn report<G: Guard>(&self, result: Result<G>) -> Result<G> {
-            let Self { kind, name, since, .. } = self;
+            let Self {
+                kind, name, since, ..
+            } = self;
             let waited = since.elapsed().as_secs_f64();
             match &result {
                 Ok(guard) => {

@@ -1,9 +1,9 @@
 //! How long to wait for a lock, and how to stop waiting early.
 //!
-//! [`Wait`] is what a caller requests. When an acquisition finds its lock held, the `Wait` becomes a [`WaitState`]: the
-//! deadline, and the event that wakes the waiter when its [`CancelToken`] is cancelled. Every kind of lock waits
-//! through `WaitState`, so a limit and a token mean the same for all of them. A waiting thread needs no second thread;
-//! for tasks see `blocking`.
+//! [`Wait`] is what a caller requests. When an acquisition finds its lock held, the `Wait` becomes
+//! a [`WaitState`]: the deadline, and the event that wakes the waiter when its [`CancelToken`] is
+//! cancelled. Every kind of lock waits through `WaitState`, so a limit and a token mean the same
+//! for all of them. A waiting thread needs no second thread; for tasks see `blocking`.
 
 use std::time::{Duration, Instant};
 
@@ -56,27 +56,39 @@ enum Limit {
 impl Wait {
     /// Does not wait: a held lock returns [`Held`](crate::ErrorKind::Held).
     pub const fn none() -> Self {
-        Self { limit: Limit::None, cancel: None }
+        Self {
+            limit: Limit::None,
+            cancel: None,
+        }
     }
 
     /// Waits without a limit.
     pub const fn forever() -> Self {
-        Self { limit: Limit::Forever, cancel: None }
+        Self {
+            limit: Limit::Forever,
+            cancel: None,
+        }
     }
 
-    /// Waits at most `limit`, measured from the start of each acquisition. Zero tries once; a limit beyond the range of
-    /// the clock means forever.
+    /// Waits at most `limit`, measured from the start of each acquisition. Zero tries once; a limit
+    /// beyond the range of the clock means forever.
     pub const fn at_most(limit: Duration) -> Self {
-        Self { limit: Limit::For(limit), cancel: None }
+        Self {
+            limit: Limit::For(limit),
+            cancel: None,
+        }
     }
 
     /// Waits until `moment`; a moment in the past tries once.
     pub const fn until(moment: Instant) -> Self {
-        Self { limit: Limit::Until(moment), cancel: None }
+        Self {
+            limit: Limit::Until(moment),
+            cancel: None,
+        }
     }
 
-    /// Adds a token: the wait also ends as soon as `token` is cancelled. A token that is cancelled before the
-    /// acquisition starts ends it even if the lock is free.
+    /// Adds a token: the wait also ends as soon as `token` is cancelled. A token that is cancelled
+    /// before the acquisition starts ends it even if the lock is free.
     pub fn or_cancelled(mut self, token: &CancelToken) -> Self {
         self.cancel = Some(token.clone());
         self
@@ -92,17 +104,25 @@ impl Wait {
     /// Returns the same wait without waiting.
     #[cfg(feature = "tokio")]
     pub(crate) fn at_once(&self) -> Self {
-        Self { limit: Limit::None, cancel: self.cancel.clone() }
+        Self {
+            limit: Limit::None,
+            cancel: self.cancel.clone(),
+        }
     }
 
     /// Returns the same wait for another thread that begins later, and that `stop` ends.
     #[cfg(feature = "tokio")]
     pub(crate) fn for_thread(&self, stop: &CancelToken) -> Self {
         let limit = match self.limit {
-            Limit::For(limit) => Instant::now().checked_add(limit).map_or(Limit::Forever, Limit::Until),
+            Limit::For(limit) => Instant::now()
+                .checked_add(limit)
+                .map_or(Limit::Forever, Limit::Until),
             ref limit => limit.clone(),
         };
-        Self { limit, cancel: Some(stop.clone()) }
+        Self {
+            limit,
+            cancel: Some(stop.clone()),
+        }
     }
 
     /// Returns whether it waits at all.
@@ -126,12 +146,15 @@ impl Wait {
     /// Returns an error if the token was cancelled before the acquisition began.
     pub(crate) fn check(&self, info: &dyn LockInfo) -> Result<()> {
         match &self.cancel {
-            Some(token) if token.is_cancelled() => Err(WaitError::Cancelled.error(info, Duration::ZERO)),
+            Some(token) if token.is_cancelled() => {
+                Err(WaitError::Cancelled.error(info, Duration::ZERO))
+            }
             _ => Ok(()),
         }
     }
 
-    /// Returns the state of this wait for an acquisition that has just found `info` held, and `None` without a wait.
+    /// Returns the state of this wait for an acquisition that has just found `info` held, and
+    /// `None` without a wait.
     pub(crate) fn state_for(&self, info: &dyn LockInfo) -> Option<WaitState> {
         let wait_state = self.state()?;
         telemetry::waiting(info);
@@ -147,7 +170,11 @@ impl Wait {
             Limit::For(limit) => since.checked_add(limit),
             Limit::Until(moment) => Some(moment),
         };
-        Some(WaitState { since, until, cancel: self.cancel.clone() })
+        Some(WaitState {
+            since,
+            until,
+            cancel: self.cancel.clone(),
+        })
     }
 }
 
@@ -158,7 +185,8 @@ pub(crate) struct WaitState {
     cancel: Option<CancelToken>,
 }
 
-/// The event of a wait: the awaited condition or the end of the pause, or an error that ends the acquisition.
+/// The event of a wait: the awaited condition or the end of the pause, or an error that ends the
+/// acquisition.
 pub(crate) type WaitResult = std::result::Result<(), WaitError>;
 
 /// The reason why a waiter stopped waiting.
@@ -175,10 +203,15 @@ impl WaitState {
     #[cfg(target_os = "linux")]
     pub(crate) fn brief(moment: Duration) -> Self {
         let since = Instant::now();
-        Self { since, until: Some(since + moment), cancel: None }
+        Self {
+            since,
+            until: Some(since + moment),
+            cancel: None,
+        }
     }
 
-    /// Returns whether only the lock ends this wait. Then the wait may block where only the kernel can end it.
+    /// Returns whether only the lock ends this wait. Then the wait may block where only the kernel
+    /// can end it.
     pub(crate) fn is_endless(&self) -> bool {
         self.until.is_none() && self.cancel.is_none()
     }
@@ -198,7 +231,8 @@ impl WaitState {
         self.wait(None, pause)
     }
 
-    /// Waits until `fd` is readable or has hung up, but no longer than `pause`. The end of the pause is `Ok`, too.
+    /// Waits until `fd` is readable or has hung up, but no longer than `pause`. The end of the
+    /// pause is `Ok`, too.
     pub(crate) fn wait(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<WaitResult> {
         let (until, over) = self.end_of(pause);
         self.wait_by(|cancel| event::wait(fd, cancel, until), over)
@@ -206,7 +240,11 @@ impl WaitState {
 
     /// Waits like [`wait`](Self::wait), until the other end of `fd` has ended its stream.
     #[cfg(target_os = "linux")]
-    pub(crate) fn wait_for_end(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<WaitResult> {
+    pub(crate) fn wait_for_end(
+        &self,
+        fd: Option<BorrowedFd<'_>>,
+        pause: Duration,
+    ) -> Result<WaitResult> {
         let (until, over) = self.end_of(pause);
         self.wait_by(|cancel| event::wait_for_end(fd, cancel, until), over)
     }
@@ -214,7 +252,10 @@ impl WaitState {
     /// Waits until `fd` is writable, or has hung up.
     #[cfg(target_os = "linux")]
     pub(crate) fn writable(&self, fd: BorrowedFd<'_>) -> Result<WaitResult> {
-        self.wait_by(|cancel| event::wait_for_room(fd, cancel, self.until), Err(WaitError::TimedOut))
+        self.wait_by(
+            |cancel| event::wait_for_room(fd, cancel, self.until),
+            Err(WaitError::TimedOut),
+        )
     }
 
     fn wait_by(
@@ -227,7 +268,8 @@ impl WaitState {
         match wait(cancel.as_ref().map(|event| event.as_fd())).map_err(failed)? {
             Woke::Ready => Ok(Ok(())),
             Woke::Cancelled if is_cancelled() => Ok(Err(WaitError::Cancelled)),
-            // The program has closed the event, and opened another file. The next wait creates another event.
+            // The program has closed the event, and opened another file. The next wait creates
+            // another event.
             Woke::Cancelled => Ok(Ok(())),
             Woke::TimedOut => Ok(over),
         }
@@ -239,8 +281,8 @@ impl WaitState {
         self.since.elapsed()
     }
 
-    /// Waits like [`wait`](Self::wait), in a task, for `ready`. If `ready` and another event come together, `ready`
-    /// wins, because its result would be lost otherwise.
+    /// Waits like [`wait`](Self::wait), in a task, for `ready`. If `ready` and another event come
+    /// together, `ready` wins, because its result would be lost otherwise.
     #[cfg(feature = "tokio")]
     pub(crate) async fn wait_async(
         &self,
@@ -249,7 +291,10 @@ impl WaitState {
     ) -> Result<WaitResult> {
         use std::task::Poll::{Pending, Ready};
         let (until, over) = self.end_of(pause);
-        let (mut ready, mut cancelled) = (std::pin::pin!(ready), std::pin::pin!(cancelled(self.token())));
+        let (mut ready, mut cancelled) = (
+            std::pin::pin!(ready),
+            std::pin::pin!(cancelled(self.token())),
+        );
         let mut timer = std::pin::pin!(async {
             match until {
                 Some(until) => tokio::time::sleep_until(until.into()).await,
@@ -279,8 +324,9 @@ impl WaitState {
         }
     }
 
-    /// Returns how long a sleep may last that no token can end: at most `pause`, and not beyond the limit. With a token
-    /// it is also so short that a cancellation is noticed within a few milliseconds.
+    /// Returns how long a sleep may last that no token can end: at most `pause`, and not beyond the
+    /// limit. With a token it is also so short that a cancellation is noticed within a few
+    /// milliseconds.
     pub(crate) fn portion(&self, pause: Duration) -> std::result::Result<Duration, WaitError> {
         /// The interval at which a waiter checks its token.
         const CANCEL_CHECK_INTERVAL: Duration = Duration::from_millis(2);
@@ -289,7 +335,9 @@ impl WaitState {
             Some(_) => pause.min(CANCEL_CHECK_INTERVAL),
             None => pause,
         };
-        let Some(until) = self.until else { return Ok(pause) };
+        let Some(until) = self.until else {
+            return Ok(pause);
+        };
         match until.saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(WaitError::TimedOut),
             left => Ok(left.min(pause)),
@@ -310,14 +358,19 @@ impl WaitError {
     fn error(self, info: &dyn LockInfo, waited: Duration) -> Error {
         let lock = info.describe();
         match self {
-            Self::TimedOut => ErrorKind::Timeout { lock, waited, owner: info.holder().map(Box::new) }.into(),
+            Self::TimedOut => ErrorKind::Timeout {
+                lock,
+                waited,
+                owner: info.holder().map(Box::new),
+            }
+            .into(),
             Self::Cancelled => ErrorKind::Cancelled { lock }.into(),
         }
     }
 }
 
-/// The pauses between attempts if nothing wakes the waiter. Each is twice the previous one, within bounds that keep
-/// both the delay after a release and the processor time small.
+/// The pauses between attempts if nothing wakes the waiter. Each is twice the previous one, within
+/// bounds that keep both the delay after a release and the processor time small.
 pub(crate) struct Backoff {
     next: Duration,
     max: Duration,
@@ -355,7 +408,10 @@ mod tests {
     #[test]
     fn pause_beyond_clock_range_ends_with_limit() {
         let wait_state = Wait::at_most(Duration::from_millis(5)).state().unwrap();
-        assert_eq!(wait_state.sleep(Duration::MAX).unwrap(), Err(WaitError::TimedOut));
+        assert_eq!(
+            wait_state.sleep(Duration::MAX).unwrap(),
+            Err(WaitError::TimedOut)
+        );
     }
 
     #[test]
@@ -366,16 +422,27 @@ mod tests {
             let token = token.clone();
             move || token.cancel()
         });
-        assert_eq!(wait_state.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::Cancelled));
+        assert_eq!(
+            wait_state.sleep(Duration::from_secs(60)).unwrap(),
+            Err(WaitError::Cancelled)
+        );
         canceller.join().unwrap();
         let later = Wait::forever().or_cancelled(&token).state().unwrap();
-        assert_eq!(later.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::Cancelled));
+        assert_eq!(
+            later.sleep(Duration::from_secs(60)).unwrap(),
+            Err(WaitError::Cancelled)
+        );
     }
 
     #[test]
     fn sleep_until_past_moment_times_out_at_once() {
-        let wait_state = Wait::until(Instant::now() - Duration::from_secs(1)).state().unwrap();
-        assert_eq!(wait_state.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::TimedOut));
+        let wait_state = Wait::until(Instant::now() - Duration::from_secs(1))
+            .state()
+            .unwrap();
+        assert_eq!(
+            wait_state.sleep(Duration::from_secs(60)).unwrap(),
+            Err(WaitError::TimedOut)
+        );
     }
 
     #[test]

@@ -16,7 +16,8 @@ use crate::sys::fork;
 
 /// A held [`FileLock`](crate::FileLock), shared or exclusive; dropping it releases.
 ///
-/// A forked child's copy of a guard holds nothing, and its file is an empty pipe: the lock stays with the parent.
+/// A forked child's copy of a guard holds nothing, and its file is an empty pipe: the lock stays
+/// with the parent.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -40,11 +41,15 @@ pub struct FileGuard {
 
 impl FileGuard {
     pub(super) fn new(open: Box<OpenFile>, mode: Mode, lock: Arc<Shared>) -> Self {
-        Self { open: Some(open), mode, lock }
+        Self {
+            open: Some(open),
+            mode,
+            lock,
+        }
     }
 
-    /// Returns the locked file, for reading, and for writing if its permissions allow it. Its position continues from
-    /// one acquisition to the next; seek, or read and write at offsets.
+    /// Returns the locked file, for reading, and for writing if its permissions allow it. Its
+    /// position continues from one acquisition to the next; seek, or read and write at offsets.
     pub fn file(&self) -> &File {
         match &self.open {
             Some(open) => &open.file,
@@ -61,7 +66,8 @@ impl FileGuard {
         }
     }
 
-    /// Returns whether the lock is shared, so that other processes may hold it shared at the same time.
+    /// Returns whether the lock is shared, so that other processes may hold it shared at the same
+    /// time.
     pub fn is_shared(&self) -> bool {
         self.mode == Mode::Shared
     }
@@ -69,13 +75,14 @@ impl FileGuard {
     /// Releases the lock now and returns any failure.
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) if the kernel refuses to unlock, or if the program has closed the descriptor and so
-    /// released the lock earlier. The lock is released all the same.
+    /// [`Io`](crate::ErrorKind::Io) if the kernel refuses to unlock, or if the program has closed
+    /// the descriptor and so released the lock earlier. The lock is released all the same.
     pub fn release(mut self) -> Result<()> {
         self.release_lock()
     }
 
-    /// Always `None`: the content of the file belongs to the caller, so nothing shows how the previous holder ended.
+    /// Always `None`: the content of the file belongs to the caller, so nothing shows how the
+    /// previous holder ended.
     pub fn recovered(&self) -> Option<&Recovered> {
         None
     }
@@ -83,13 +90,18 @@ impl FileGuard {
     /// Writes to the file, unless the descriptor no longer belongs to the lock.
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) in that case; the lock was released when the descriptor was closed.
+    /// [`Io`](crate::ErrorKind::Io) in that case; the lock was released when the descriptor was
+    /// closed.
     pub(crate) fn write<T>(&mut self, write: impl FnOnce(&File) -> T) -> Result<T> {
         let Some(open) = &mut self.open else {
             unreachable!("only a release takes the file, and a release consumes the guard")
         };
         if !open.is_own(nanos(), OpenFile::HELD_DIVISOR) {
-            return Err(Error::io("write to", &self.lock.spec.path, fork::closed_by_program()));
+            return Err(Error::io(
+                "write to",
+                &self.lock.spec.path,
+                fork::closed_by_program(),
+            ));
         }
         let written = write(&open.file);
         open.used_at = nanos();
@@ -109,7 +121,9 @@ impl FileGuard {
     }
 
     fn release_lock(&mut self) -> Result<()> {
-        let Some(mut open) = self.open.take() else { return Ok(()) };
+        let Some(mut open) = self.open.take() else {
+            return Ok(());
+        };
         self.unlock(&mut open)?;
         if !self.lock.spec.hardened && open.process.is_current() {
             telemetry::released(&*self.lock);

@@ -2,12 +2,14 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// How long a comparison is valid for locks that follow each other in a [`RecheckWindow`], in nanoseconds.
+/// How long a comparison is valid for locks that follow each other in a [`RecheckWindow`], in
+/// nanoseconds.
 pub(super) const MAX_COMPARISON_AGE: u64 = 1_000_000;
 
-/// The time from one lock here to the next, with the unlock in between, in which no other process can have locked,
-/// deleted and unlocked. It is at most the shortest time in which this process ever unlocked, locked and looked up the
-/// path. A deletion begins with such a look-up and then does more work. So the window fits the speed of the machine.
+/// The time from one lock here to the next, with the unlock in between, in which no other process
+/// can have locked, deleted and unlocked. It is at most the shortest time in which this process
+/// ever unlocked, locked and looked up the path. A deletion begins with such a look-up and then
+/// does more work. So the window fits the speed of the machine.
 pub(super) struct RecheckWindow {
     samples: AtomicU32,
     nanos: AtomicU64,
@@ -20,7 +22,10 @@ impl RecheckWindow {
     const MAX_NANOS: u64 = 2000;
 
     const fn new() -> Self {
-        Self { samples: AtomicU32::new(0), nanos: AtomicU64::new(Self::MAX_NANOS) }
+        Self {
+            samples: AtomicU32::new(0),
+            nanos: AtomicU64::new(Self::MAX_NANOS),
+        }
     }
 
     /// Records a measured time that includes a look-up of the path.
@@ -32,7 +37,8 @@ impl RecheckWindow {
         }
     }
 
-    /// Returns whether a time without a look-up is in the window. A time of zero means that the clock is too coarse.
+    /// Returns whether a time without a look-up is in the window. A time of zero means that the
+    /// clock is too coarse.
     #[inline]
     pub(super) fn covers(&self, nanos: u64) -> bool {
         nanos != 0

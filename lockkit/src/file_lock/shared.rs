@@ -16,8 +16,9 @@ use crate::sys::flock::{self, Mode};
 use crate::sys::fork::ProcessId;
 use crate::sys::{file_id, files};
 
-/// How often a file may be replaced under an acquisition before that is an error. Processes that contend for a freed
-/// numbered lock each remove its file; the limit is far above the number of such replacements.
+/// How often a file may be replaced under an acquisition before that is an error. Processes that
+/// contend for a freed numbered lock each remove its file; the limit is far above the number of
+/// such replacements.
 const MAX_REPLACEMENTS: u32 = 10_000;
 
 /// What the clones of a handle share.
@@ -45,12 +46,22 @@ impl LockInfo for Shared {
 }
 
 impl Shared {
-    pub(super) fn acquire(&self, mode: Mode, wait: &Wait, subject: &dyn LockInfo) -> Result<Box<OpenFile>> {
+    pub(super) fn acquire(
+        &self,
+        mode: Mode,
+        wait: &Wait,
+        subject: &dyn LockInfo,
+    ) -> Result<Box<OpenFile>> {
         wait.check(subject)?;
         let mut wait_state = None;
         for _ in 0..MAX_REPLACEMENTS {
             let mut open = match self.spare.take() {
-                Some(open) if open.process.is_current() && open.is_own(nanos(), OpenFile::IDLE_DIVISOR) => open,
+                Some(open)
+                    if open.process.is_current()
+                        && open.is_own(nanos(), OpenFile::IDLE_DIVISOR) =>
+                {
+                    open
+                }
                 _ => self.open()?,
             };
             let is_new = std::mem::take(&mut open.is_new);
@@ -81,15 +92,22 @@ impl Shared {
                 return Ok(open);
             }
         }
-        Err(ErrorKind::RogueDeletion { path: self.spec.path.clone() }.into())
+        Err(ErrorKind::RogueDeletion {
+            path: self.spec.path.clone(),
+        }
+        .into())
     }
 
-    /// Removes a new file after this error. On a file system without flock no process can hold the lock, and the file
-    /// serves no purpose. After any other error another process may hold it.
+    /// Removes a new file after this error. On a file system without flock no process can hold the
+    /// lock, and the file serves no purpose. After any other error another process may hold it.
     #[cold]
     fn remove_if_unlockable(&self, open: &OpenFile, error: &Error) {
         let cannot_lock = match error.kind() {
-            ErrorKind::Io { action: "lock", source, .. } => flock::is_unsupported(source),
+            ErrorKind::Io {
+                action: "lock",
+                source,
+                ..
+            } => flock::is_unsupported(source),
             _ => false,
         };
         if cannot_lock && self.spec.leads_to(open.id).unwrap_or(false) {
@@ -102,13 +120,23 @@ impl Shared {
         let process = ProcessId::current();
         check_mode(self.spec.mode)?;
         let (file, is_new) = self.spec.open()?;
-        let found = files::metadata_of(&file).map_err(|error| Error::io("look at", &self.spec.path, error))?;
+        let found = files::metadata_of(&file)
+            .map_err(|error| Error::io("look at", &self.spec.path, error))?;
         let id = file_id::of(&found);
         let file = file.know_as(id);
-        Ok(Box::new(OpenFile { file, id, process, is_new, compared_at: 0, used_at: 0, held_at: 0 }))
+        Ok(Box::new(OpenFile {
+            file,
+            id,
+            process,
+            is_new,
+            compared_at: 0,
+            used_at: 0,
+            held_at: 0,
+        }))
     }
 
-    /// Locks the open file. `wait_state` is shared by all the files that the path names during the acquisition.
+    /// Locks the open file. `wait_state` is shared by all the files that the path names during the
+    /// acquisition.
     fn lock(
         &self,
         file: &File,

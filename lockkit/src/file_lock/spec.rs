@@ -29,12 +29,15 @@ pub(super) struct FileSpec {
 impl FileSpec {
     /// Returns whether the path still leads to the file with this identity.
     pub(super) fn leads_to(&self, id: FileId) -> Result<bool> {
-        file_id::is_named(files::metadata(&self.path), |named| file_id::of(named) == id)
-            .map_err(|error| Error::io("look at", &self.path, error))
+        file_id::is_named(files::metadata(&self.path), |named| {
+            file_id::of(named) == id
+        })
+        .map_err(|error| Error::io("look at", &self.path, error))
     }
 
-    /// Opens the file, or creates it, and returns whether it was created. It never does both in one step: the kernel
-    /// refuses that for another user's file in a sticky directory (`fs.protected_regular`).
+    /// Opens the file, or creates it, and returns whether it was created. It never does both in one
+    /// step: the kernel refuses that for another user's file in a sticky directory
+    /// (`fs.protected_regular`).
     pub(super) fn open(&self) -> Result<(ForkGuarded<File>, bool)> {
         for _ in 0..MAX_OPEN_ATTEMPTS {
             match self.open_existing() {
@@ -59,16 +62,24 @@ impl FileSpec {
             }
         }
         if self.path.is_symlink() {
-            let dangles = io::Error::new(Io::NotFound, "it is a symlink to a file that does not exist");
+            let dangles = io::Error::new(
+                Io::NotFound,
+                "it is a symlink to a file that does not exist",
+            );
             return Err(Error::io("open", &self.path, dangles));
         }
-        Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into())
+        Err(ErrorKind::RogueDeletion {
+            path: self.path.clone(),
+        }
+        .into())
     }
 
-    /// Creates the file. A file with an explicit mode gets it before the path names it, so that a kill never leaves a
-    /// file with another mode.
+    /// Creates the file. A file with an explicit mode gets it before the path names it, so that a
+    /// kill never leaves a file with another mode.
     fn create(&self) -> io::Result<ForkGuarded<File>> {
-        let Some(mode) = self.mode else { return self.create_at_path(0o600) };
+        let Some(mode) = self.mode else {
+            return self.create_at_path(0o600);
+        };
         let directory = match self.path.parent() {
             Some(parent) if parent != Path::new("") => parent,
             Some(_) => Path::new("."),
@@ -85,7 +96,8 @@ impl FileSpec {
             named => {
                 named?;
                 step("lock file named");
-                // Opened again, because /proc shows no path for a descriptor that is older than the name.
+                // Opened again, because /proc shows no path for a descriptor that is older than the
+                // name.
                 self.open_existing().map_err(|error| match error.kind() {
                     // It was removed just now, as if another process had created it.
                     Io::NotFound => Io::AlreadyExists.into(),
@@ -116,17 +128,18 @@ impl FileSpec {
         Ok(file)
     }
 
-    /// Opens the file for writing if that is allowed, because some file systems require it for an exclusive lock.
-    /// Otherwise opens it for reading.
+    /// Opens the file for writing if that is allowed, because some file systems require it for an
+    /// exclusive lock. Otherwise opens it for reading.
     fn open_existing(&self) -> io::Result<ForkGuarded<File>> {
         let not_lockable = || io::Error::new(Io::InvalidInput, "neither a file nor a directory");
         // The check comes first, because the open of a FIFO or a device may have side effects.
         if std::fs::metadata(&self.path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
             return Err(not_lockable());
         }
-        // A FIFO that was put there since must not block the open, and a terminal must not become this process's
-        // controlling terminal.
-        let flags = files::NONBLOCK | files::NOCTTY | if self.hardened { files::NOFOLLOW } else { 0 };
+        // A FIFO that was put there since must not block the open, and a terminal must not become
+        // this process's controlling terminal.
+        let flags =
+            files::NONBLOCK | files::NOCTTY | if self.hardened { files::NOFOLLOW } else { 0 };
         let open = |writing| {
             let mut options = OpenOptions::new();
             options.read(true).write(writing).custom_flags(flags);
@@ -139,7 +152,10 @@ impl FileSpec {
         let found = files::metadata_of(&file)?;
         // A file without a name was deleted just now, which is noticed once it is locked.
         if self.hardened && !(found.is_file() && found.nlink() <= 1) {
-            return Err(io::Error::new(Io::InvalidInput, "not a plain file of its own"));
+            return Err(io::Error::new(
+                Io::InvalidInput,
+                "not a plain file of its own",
+            ));
         }
         match found.is_file() || found.is_dir() {
             true => Ok(file),
@@ -152,15 +168,24 @@ impl FileSpec {
 pub(crate) fn check_mode(mode: Option<u32>) -> Result<()> {
     let problem = match mode.filter(|_| cfg!(unix)) {
         Some(mode) if mode & !0o7777 != 0 => format!("{mode:#o} is no mode"),
-        Some(mode) if mode & 0o400 == 0 => format!("with mode {mode:#o} the owner of the file could not read it"),
+        Some(mode) if mode & 0o400 == 0 => {
+            format!("with mode {mode:#o} the owner of the file could not read it")
+        }
         _ => return Ok(()),
     };
-    Err(ErrorKind::InvalidOption { option: "create_with_mode", problem }.into())
+    Err(ErrorKind::InvalidOption {
+        option: "create_with_mode",
+        problem,
+    }
+    .into())
 }
 
-/// Returns whether a file that could not be opened for writing for this reason may still be opened for reading. The
-/// executable of a running program is such a file.
+/// Returns whether a file that could not be opened for writing for this reason may still be opened
+/// for reading. The executable of a running program is such a file.
 fn may_open_read_only(reason: Io) -> bool {
     use Io::{ExecutableFileBusy, IsADirectory, PermissionDenied, ReadOnlyFilesystem};
-    matches!(reason, PermissionDenied | ReadOnlyFilesystem | IsADirectory | ExecutableFileBusy)
+    matches!(
+        reason,
+        PermissionDenied | ReadOnlyFilesystem | IsADirectory | ExecutableFileBusy
+    )
 }

@@ -1,10 +1,10 @@
-//! The functions that `#[single_instance]` calls: acquiring a name at the start of a function, and reporting that it is
-//! held.
+//! The functions that `#[single_instance]` calls: acquiring a name at the start of a function, and
+//! reporting that it is held.
 //!
-//! Programs need only the documented items. The rest is for the code that the attribute writes. That code acquires a
-//! name with `enter`, or with `enter_or_activate` if it has `on_second`. If that fails, it leaves the function: `main`
-//! by `exit`, others by returning a [`Refusal`]. Functions that wait for ever and return another type leave by
-//! `give_up`.
+//! Programs need only the documented items. The rest is for the code that the attribute writes.
+//! That code acquires a name with `enter`, or with `enter_or_activate` if it has `on_second`. If
+//! that fails, it leaves the function: `main` by `exit`, others by returning a [`Refusal`].
+//! Functions that wait for ever and return another type leave by `give_up`.
 
 use std::io::Write;
 use std::marker::PhantomData;
@@ -23,15 +23,17 @@ use crate::base::guard::Recovered;
 use crate::base::wait::Wait;
 use crate::named::{NamedGuard, NamedLock, Scope};
 
-/// The exit code of a single-instance `main` if the name is held, unless `exit_code` is given: `EX_TEMPFAIL` of
-/// [sysexits.h](https://man7.org/linux/man-pages/man3/sysexits.h.3head.html), "try again later".
+/// The exit code of a single-instance `main` if the name is held, unless `exit_code` is given:
+/// `EX_TEMPFAIL` of [sysexits.h](https://man7.org/linux/man-pages/man3/sysexits.h.3head.html), "try
+/// again later".
 pub const EXIT_HELD: i32 = 75;
 
 /// The exit code of a single-instance `main` if the name could not be tried at all: `EX_OSERR` of
 /// [sysexits.h](https://man7.org/linux/man-pages/man3/sysexits.h.3head.html).
 pub const EXIT_FAILED: i32 = 71;
 
-/// The result of a function with `#[single_instance]` if the name is held: `Err` of the error, or `None`.
+/// The result of a function with `#[single_instance]` if the name is held: `Err` of the error, or
+/// `None`.
 ///
 /// Implement it for your own return type that can express this:
 /// ```
@@ -54,7 +56,8 @@ pub const EXIT_FAILED: i32 = 71;
 ///     Outcome::Done
 /// }
 /// ```
-// The compiler would list these impls, or their bounds, instead of the notes below, which are complete.
+// The compiler would list these impls, or their bounds, instead of the notes below, which are
+// complete.
 #[diagnostic::on_unimplemented(
     message = "a function with `#[single_instance]` must be able to return that the name is held",
     label = "`{Self}` cannot say that the name is held",
@@ -80,11 +83,12 @@ impl<T> Refusal for Option<T> {
     }
 }
 
-/// The return type `R` of a function that waits for ever, found by inference. Such a function may return any type: it
-/// passes the error on if `R` is a [`Refusal`], and gives up otherwise.
+/// The return type `R` of a function that waits for ever, found by inference. Such a function may
+/// return any type: it passes the error on if `R` is a [`Refusal`], and gives up otherwise.
 ///
-/// `value` is never called: its `return` only makes the compiler infer `R`. Then `refuse` is the method here if `R` is
-/// a `Refusal`, because methods of a type take precedence over those of a trait. Otherwise it is that of [`OrGiveUp`].
+/// `value` is never called: its `return` only makes the compiler infer `R`. Then `refuse` is the
+/// method here if `R` is a `Refusal`, because methods of a type take precedence over those of a
+/// trait. Otherwise it is that of [`OrGiveUp`].
 #[doc(hidden)]
 #[derive(Debug, Default)]
 pub struct Returns<R>(PhantomData<fn() -> R>);
@@ -138,7 +142,10 @@ pub const fn checked_name(name: &'static str) -> &'static str {
 /// Acquires the name as the attribute's arguments say; a `wait` of `None` means for ever.
 #[doc(hidden)]
 pub fn enter(name: &'static str, scope: Scope, wait: Option<Duration>) -> Result<NamedGuard> {
-    NamedLock::builder(name).scope(scope).build()?.acquire(&wait_for(wait))
+    NamedLock::builder(name)
+        .scope(scope)
+        .build()?
+        .acquire(&wait_for(wait))
 }
 
 fn wait_for(limit: Option<Duration>) -> Wait {
@@ -149,19 +156,20 @@ fn wait_for(limit: Option<Duration>) -> Wait {
     }
 }
 
-/// The time that a second start of a program with `on_second` waits for the first instance to answer, unless `wait` is
-/// given.
+/// The time that a second start of a program with `on_second` waits for the first instance to
+/// answer, unless `wait` is given.
 #[cfg(target_os = "linux")]
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// The variables that a desktop gives to a program that it starts, so that a window may come to the front. The first
-/// instance needs them instead of the second ([xdg-activation](https://wayland.app/protocols/xdg-activation-v1), and
-/// [startup notification](https://specifications.freedesktop.org/startup-notification-spec/)).
+/// The variables that a desktop gives to a program that it starts, so that a window may come to the
+/// front. The first instance needs them instead of the second
+/// ([xdg-activation](https://wayland.app/protocols/xdg-activation-v1), and [startup
+/// notification](https://specifications.freedesktop.org/startup-notification-spec/)).
 #[cfg(target_os = "linux")]
 pub const ACTIVATION_VARIABLES: [&str; 2] = ["XDG_ACTIVATION_TOKEN", "DESKTOP_STARTUP_ID"];
 
-/// Acquires the name for a function with `on_second`, or hands this start over to the holder of the name and ends the
-/// process. Calls `on_first` before the first activation is received.
+/// Acquires the name for a function with `on_second`, or hands this start over to the holder of the
+/// name and ends the process. Calls `on_first` before the first activation is received.
 #[cfg(target_os = "linux")]
 #[doc(hidden)]
 pub fn enter_or_activate(
@@ -172,7 +180,10 @@ pub fn enter_or_activate(
 ) -> Result<FirstInstance> {
     let first = match Instance::enter(name)? {
         Instance::First(first) => first,
-        Instance::Second(second) => match second.variables(ACTIVATION_VARIABLES).activate(&wait_for(wait))? {
+        Instance::Second(second) => match second
+            .variables(ACTIVATION_VARIABLES)
+            .activate(&wait_for(wait))?
+        {
             Outcome::Answered(_) => std::process::exit(0),
             Outcome::BecameFirst(first) => first,
         },
@@ -194,7 +205,10 @@ pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
         _ => "",
     };
     match error.owner() {
-        Some(owner) => print_error(&format!("{name} is already running{suffix}: {}", owner.describe())),
+        Some(owner) => print_error(&format!(
+            "{name} is already running{suffix}: {}",
+            owner.describe()
+        )),
         None => print_error(&format!("{name} is already running{suffix}")),
     }
     std::process::exit(exit_held)
@@ -203,13 +217,18 @@ pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
 /// Prints on standard error that the previous owner died.
 #[doc(hidden)]
 pub fn tell_recovered(name: &str, recovered: &Recovered) {
-    print_error(&format!("{name}: the last owner died without releasing it: {recovered}"));
+    print_error(&format!(
+        "{name}: the last owner died without releasing it: {recovered}"
+    ));
 }
 
 /// Panics, for a function that waits for ever and cannot return an error.
 #[doc(hidden)]
 pub fn give_up(error: &Error) -> ! {
-    panic!("#[single_instance] cannot acquire its name: {}", chain(error))
+    panic!(
+        "#[single_instance] cannot acquire its name: {}",
+        chain(error)
+    )
 }
 
 fn print_error(line: &str) {

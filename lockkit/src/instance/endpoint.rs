@@ -1,7 +1,8 @@
-//! The endpoint where the instances of a program meet: an abstract socket in addition to the socket that is the lock.
+//! The endpoint where the instances of a program meet: an abstract socket in addition to the socket
+//! that is the lock.
 //!
-//! Its name belongs to the network namespace and to the effective user, exactly as the lock's does, and no environment
-//! variable changes it. The kernel identifies both ends of each connection.
+//! Its name belongs to the network namespace and to the effective user, exactly as the lock's does,
+//! and no environment variable changes it. The kernel identifies both ends of each connection.
 
 use rustix::io::Errno;
 
@@ -25,7 +26,11 @@ impl Endpoint {
         let name = format!("lockkit/first/u{user}/{name}");
         let path = format!("@{name}");
         let address = socket::address(&name).map_err(|error| Error::io("name", &path, error))?;
-        Ok(Self { user, path, address })
+        Ok(Self {
+            user,
+            path,
+            address,
+        })
     }
 
     /// Returns the user whose processes meet here.
@@ -38,20 +43,28 @@ impl Endpoint {
         stream::listen_at(&self.address).map_err(|error| self.io("bind", error))
     }
 
-    /// Connects to this user's process that listens here. Returns `None` if there is none, or if its queue is full.
+    /// Connects to this user's process that listens here. Returns `None` if there is none, or if
+    /// its queue is full.
     ///
     /// # Errors
     /// `ForeignOwner` if another user's process listens here.
     pub(super) fn connect(&self) -> Result<Option<ForkGuarded>> {
-        let connection = match stream::connect(&self.address).map_err(|error| self.io("connect to", error))? {
-            Reached::NoListener | Reached::Full => return Ok(None),
-            Reached::Queue(connection) => connection,
-        };
-        let peer = socket::peer(&*connection).map_err(|error| self.io("query the listener at", error))?;
+        let connection =
+            match stream::connect(&self.address).map_err(|error| self.io("connect to", error))? {
+                Reached::NoListener | Reached::Full => return Ok(None),
+                Reached::Queue(connection) => connection,
+            };
+        let peer =
+            socket::peer(&*connection).map_err(|error| self.io("query the listener at", error))?;
         if !socket::is_own(&*connection, peer, self.user) {
             let Peer { uid, pid } = peer;
             let pid = (pid != 0).then_some(pid);
-            return Err(ErrorKind::ForeignOwner { lock: self.path.clone(), uid, pid }.into());
+            return Err(ErrorKind::ForeignOwner {
+                lock: self.path.clone(),
+                uid,
+                pid,
+            }
+            .into());
         }
         Ok(Some(connection))
     }
@@ -65,7 +78,11 @@ impl Endpoint {
 mod tests {
     #[test]
     fn address_of_longest_name_and_highest_uid_fits() {
-        let longest = format!("lockkit/first/u{}/{}", u32::MAX, "x".repeat(crate::base::name::MAX_LEN));
+        let longest = format!(
+            "lockkit/first/u{}/{}",
+            u32::MAX,
+            "x".repeat(crate::base::name::MAX_LEN)
+        );
         assert!(super::socket::address(&longest).is_ok());
     }
 }

@@ -31,16 +31,19 @@ pub enum Instance {
 }
 
 impl Instance {
-    /// Makes this process the first instance of `name` if there is none, without waiting for a live first instance.
+    /// Makes this process the first instance of `name` if there is none, without waiting for a live
+    /// first instance.
     ///
-    /// The name is that of a [`NamedLock`] for this user, which the first instance holds: do not acquire another lock
-    /// of that name in addition.
+    /// The name is that of a [`NamedLock`] for this user, which the first instance holds: do not
+    /// acquire another lock of that name in addition.
     ///
     /// # Errors
-    /// - Those of [`NamedLock::new`] and [`NamedLock::acquire`] except [`Held`](crate::ErrorKind::Held), which makes
-    ///   this process a second instance.
-    /// - [`ForeignOwner`](crate::ErrorKind::ForeignOwner) if another user listens at the address of the first instance.
-    /// - [`Io`](crate::ErrorKind::Io) if some other program listens there, or no descriptor is left.
+    /// - Those of [`NamedLock::new`] and [`NamedLock::acquire`] except
+    ///   [`Held`](crate::ErrorKind::Held), which makes this process a second instance.
+    /// - [`ForeignOwner`](crate::ErrorKind::ForeignOwner) if another user listens at the address of
+    ///   the first instance.
+    /// - [`Io`](crate::ErrorKind::Io) if some other program listens there, or no descriptor is
+    ///   left.
     pub fn enter(name: &str) -> Result<Self> {
         let lock = NamedLock::new(name)?;
         let endpoint = Endpoint::of(name)?;

@@ -20,27 +20,30 @@ use crate::base::guard::Recovered;
 use crate::base::wait::{Backoff, Wait};
 use crate::named::NamedGuard;
 
-/// The time that the socket of the previous first instance may still exist when its name is already free: while it is
-/// torn down, or another program is just being started with a copy.
+/// The time that the socket of the previous first instance may still exist when its name is already
+/// free: while it is torn down, or another program is just being started with a copy.
 const BIND_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause of a handler's thread after a failure to receive.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The first instance: no other instance can be the first while this one is held. Dropping it releases.
+/// The first instance: no other instance can be the first while this one is held. Dropping it
+/// releases.
 ///
 /// Activations arrive in the order in which they are complete, through any of these:
 /// - [`on_activation`](Self::on_activation) calls a handler on its own thread;
-/// - [`activations`](Self::activations) is an iterator that waits as requested, or not at all, for a program with its
-///   own loop;
+/// - [`activations`](Self::activations) is an iterator that waits as requested, or not at all, for
+///   a program with its own loop;
 /// - `for activation in &first` waits for ever;
-/// - `activations_async` is a stream for tasks, and `next_activation_async` a future (feature `tokio`).
+/// - `activations_async` is a stream for tasks, and `next_activation_async` a future (feature
+///   `tokio`).
 ///
-/// Several of them at once share the activations: each activation goes to one. Until one of them takes activations,
-/// they wait in the kernel, together with their senders.
+/// Several of them at once share the activations: each activation goes to one. Until one of them
+/// takes activations, they wait in the kernel, together with their senders.
 ///
-/// When the first instance is dropped, activations that were not given out go back to their senders, and one sender
-/// becomes the first instance. Activations that were given out must still be answered. A forked child's copy holds
-/// nothing and receives nothing. Started programs inherit neither the name nor the socket.
+/// When the first instance is dropped, activations that were not given out go back to their
+/// senders, and one sender becomes the first instance. Activations that were given out must still
+/// be answered. A forked child's copy holds nothing and receives nothing. Started programs inherit
+/// neither the name nor the socket.
 ///
 /// ```
 /// use lockkit::{Instance, Wait};
@@ -98,8 +101,13 @@ impl FirstInstance {
             }
             thread::sleep(backoff.next());
         };
-        let server = Server::open(listener, endpoint.user()).map_err(|error| endpoint.io("watch", error))?;
-        Ok(Self { name: name.to_owned(), server: OpenServer(Arc::new(server)), guard })
+        let server =
+            Server::open(listener, endpoint.user()).map_err(|error| endpoint.io("watch", error))?;
+        Ok(Self {
+            name: name.to_owned(),
+            server: OpenServer(Arc::new(server)),
+            guard,
+        })
     }
 
     /// Returns the name.
@@ -112,8 +120,8 @@ impl FirstInstance {
         self.guard.recovered()
     }
 
-    /// Returns the next activation, or `None` if none has come within `wait`, or `wait` was cancelled. Activations that
-    /// their senders have given up by then are left out.
+    /// Returns the next activation, or `None` if none has come within `wait`, or `wait` was
+    /// cancelled. Activations that their senders have given up by then are left out.
     ///
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io) if no descriptor is left to wait for the token of `wait` with.
@@ -121,8 +129,9 @@ impl FirstInstance {
         Ok(self.server.0.next(wait)?.map(Activation::new))
     }
 
-    /// Returns the next activation as [`next_activation`](Self::next_activation) does, in a task: the loop of an
-    /// `async` program. Dropping the future loses no activation, so it works with `select!`. Small answers do not wait.
+    /// Returns the next activation as [`next_activation`](Self::next_activation) does, in a task:
+    /// the loop of an `async` program. Dropping the future loses no activation, so it works with
+    /// `select!`. Small answers do not wait.
     ///
     /// ```
     /// use lockkit::{Instance, Wait};
@@ -140,11 +149,12 @@ impl FirstInstance {
     ///
     /// # Errors
     /// [`Unsupported`](crate::ErrorKind::Unsupported) outside of a tokio runtime; those of
-    /// [`next_activation`](Self::next_activation), and [`Io`](crate::ErrorKind::Io) if no descriptor is left to wait
-    /// with.
+    /// [`next_activation`](Self::next_activation), and [`Io`](crate::ErrorKind::Io) if no
+    /// descriptor is left to wait with.
     ///
     /// # Panics
-    /// Tokio panics in a runtime that was built without its drivers for I/O and time; `enable_all` adds them.
+    /// Tokio panics in a runtime that was built without its drivers for I/O and time; `enable_all`
+    /// adds them.
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn next_activation_async(&self, wait: &Wait) -> Result<Option<Activation>> {
@@ -152,9 +162,10 @@ impl FirstInstance {
         Ok(self.server.0.next_async(wait).await?.map(Activation::new))
     }
 
-    /// Returns the activations as they arrive. Each is waited for as `wait` says. The iterator ends when none has come
-    /// by then, or [`next_activation`](Self::next_activation) would return an error. With [`Wait::none`] it gives the
-    /// present activations, and with a token it continues until the token is cancelled.
+    /// Returns the activations as they arrive. Each is waited for as `wait` says. The iterator ends
+    /// when none has come by then, or [`next_activation`](Self::next_activation) would return an
+    /// error. With [`Wait::none`] it gives the present activations, and with a token it continues
+    /// until the token is cancelled.
     ///
     /// ```
     /// use lockkit::{CancelToken, Instance, Wait};
@@ -168,11 +179,15 @@ impl FirstInstance {
     /// # Ok(()) }
     /// ```
     pub fn activations(&self, wait: &Wait) -> Activations<'_> {
-        Activations { first: self, wait: wait.clone() }
+        Activations {
+            first: self,
+            wait: wait.clone(),
+        }
     }
 
     /// Returns the activations as [`activations`](Self::activations) does, in a task: a
-    /// [`Stream`](futures_core::Stream) that ends where the iterator would. Dropping it loses no activation.
+    /// [`Stream`](futures_core::Stream) that ends where the iterator would. Dropping it loses no
+    /// activation.
     ///
     /// ```
     /// use lockkit::{CancelToken, Instance, Wait};
@@ -194,30 +209,44 @@ impl FirstInstance {
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub fn activations_async(&self, wait: &Wait) -> ActivationStream<'_> {
-        ActivationStream { first: self, wait: wait.clone(), next: None }
+        ActivationStream {
+            first: self,
+            wait: wait.clone(),
+            next: None,
+        }
     }
 
-    /// Calls `handler` with each activation, one after the other. Its thread ends when this `FirstInstance` is dropped
-    /// and the handler has returned. A slow handler makes the next senders wait. It can hand the activation on, which
-    /// is answered when it is dropped. If the handler panics, the sender gets the report that it was not handled, and
-    /// the next activation follows as before.
+    /// Calls `handler` with each activation, one after the other. Its thread ends when this
+    /// `FirstInstance` is dropped and the handler has returned. A slow handler makes the next
+    /// senders wait. It can hand the activation on, which is answered when it is dropped. If the
+    /// handler panics, the sender gets the report that it was not handled, and the next activation
+    /// follows as before.
     ///
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io) if no thread can be started.
-    pub fn on_activation(&self, mut handler: impl FnMut(Activation) + Send + 'static) -> Result<()> {
+    pub fn on_activation(
+        &self,
+        mut handler: impl FnMut(Activation) + Send + 'static,
+    ) -> Result<()> {
         let server = self.server.0.clone();
         let receive = move || {
             loop {
                 match server.next(&Wait::forever()) {
-                    Ok(Some(request)) => drop(catch_unwind(AssertUnwindSafe(|| handler(Activation::new(request))))),
+                    Ok(Some(request)) => drop(catch_unwind(AssertUnwindSafe(|| {
+                        handler(Activation::new(request))
+                    }))),
                     Ok(None) => break,
                     // A resource that the system lacks now may be available later.
                     Err(_) => thread::sleep(RETRY_INTERVAL),
                 }
             }
         };
-        let started = thread::Builder::new().name("lockkit-first".to_owned()).spawn(receive);
-        started.map(drop).map_err(|error| Error::io("start", "a thread for activations", error))
+        let started = thread::Builder::new()
+            .name("lockkit-first".to_owned())
+            .spawn(receive);
+        started
+            .map(drop)
+            .map_err(|error| Error::io("start", "a thread for activations", error))
     }
 
     /// Releases now and reports errors.
@@ -242,7 +271,10 @@ impl<'f> IntoIterator for &'f FirstInstance {
 
 impl fmt::Debug for FirstInstance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FirstInstance").field("name", &self.name).field("guard", &self.guard).finish_non_exhaustive()
+        f.debug_struct("FirstInstance")
+            .field("name", &self.name)
+            .field("guard", &self.guard)
+            .finish_non_exhaustive()
     }
 }
 
@@ -297,6 +329,9 @@ impl futures_core::Stream for ActivationStream<'_> {
 #[cfg(feature = "tokio")]
 impl fmt::Debug for ActivationStream<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ActivationStream").field("first", &self.first).field("wait", &self.wait).finish_non_exhaustive()
+        f.debug_struct("ActivationStream")
+            .field("first", &self.first)
+            .field("wait", &self.wait)
+            .finish_non_exhaustive()
     }
 }

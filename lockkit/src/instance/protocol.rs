@@ -1,8 +1,8 @@
 //! The messages between two instances, as bytes. No system calls; any input is read safely.
 //!
-//! The second instance connects and sends one request. The first sends one answer back and closes. Both ends stay open
-//! until then: a sender that hangs up has given up. Each message is a header of 12 bytes and its content, numbers
-//! little-endian:
+//! The second instance connects and sends one request. The first sends one answer back and closes.
+//! Both ends stay open until then: a sender that hangs up has given up. Each message is a header of
+//! 12 bytes and its content, numbers little-endian:
 //! ```text
 //! 0   4 bytes   "lkin"
 //! 4   u16       the version of the sender; the header is the same in every version
@@ -16,8 +16,9 @@
 //! u32, pairs of texts   the variables: their number, and the name and value of each
 //! text                  the bytes
 //! ```
-//! Nothing may follow it. The content of an answer is its bytes; the other two kinds have none. A reader reads no more
-//! than the header says, and allocates no memory for bytes that have not arrived.
+//! Nothing may follow it. The content of an answer is its bytes; the other two kinds have none. A
+//! reader reads no more than the header says, and allocates no memory for bytes that have not
+//! arrived.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -32,8 +33,9 @@ use std::path::PathBuf;
 /// ```
 pub const MOST_BYTES: usize = 1 << 20;
 
-/// The longest content of a request: the arguments and the environment of a process never take more than 6 MiB on Linux
-/// ([execve(2)](https://man7.org/linux/man-pages/man2/execve.2.html)), and the bytes 1 MiB.
+/// The longest content of a request: the arguments and the environment of a process never take more
+/// than 6 MiB on Linux ([execve(2)](https://man7.org/linux/man-pages/man2/execve.2.html)), and the
+/// bytes 1 MiB.
 pub(super) const MAX_REQUEST_BYTES: usize = 8 << 20;
 
 /// Raised when the content of any frame changes.
@@ -57,7 +59,14 @@ pub(super) enum Kind {
 
 impl Kind {
     fn of(number: u16) -> Option<Self> {
-        [Self::Request, Self::Answer, Self::Failed, Self::NotUnderstood].into_iter().find(|kind| *kind as u16 == number)
+        [
+            Self::Request,
+            Self::Answer,
+            Self::Failed,
+            Self::NotUnderstood,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u16 == number)
     }
 }
 
@@ -93,15 +102,29 @@ impl Request {
     /// Returns the frame of the request.
     pub(super) fn encode(&self) -> Result<Vec<u8>, TooLarge> {
         check("the bytes of an activation", self.bytes.len(), MOST_BYTES)?;
-        let directory = self.directory.as_ref().map(|directory| directory.as_os_str().as_bytes()).unwrap_or_default();
+        let directory = self
+            .directory
+            .as_ref()
+            .map(|directory| directory.as_os_str().as_bytes())
+            .unwrap_or_default();
         let arguments = self.arguments.iter().map(|argument| argument.as_bytes());
-        let variables = self.variables.iter().flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()]);
-        let texts = arguments.clone().chain([directory]).chain(variables.clone()).chain([&*self.bytes]);
-        let size = texts.fold(2 * NUMBER, |size, text| size.saturating_add(NUMBER + text.len()));
+        let variables = self
+            .variables
+            .iter()
+            .flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()]);
+        let texts = arguments
+            .clone()
+            .chain([directory])
+            .chain(variables.clone())
+            .chain([&*self.bytes]);
+        let size = texts.fold(2 * NUMBER, |size, text| {
+            size.saturating_add(NUMBER + text.len())
+        });
         check("an activation", size, MAX_REQUEST_BYTES)?;
         let mut frame = header(Kind::Request, size);
         // A request that fits into `MAX_REQUEST_BYTES` also fits into its numbers.
-        let number = |frame: &mut Vec<u8>, number: usize| frame.extend((number as u32).to_le_bytes());
+        let number =
+            |frame: &mut Vec<u8>, number: usize| frame.extend((number as u32).to_le_bytes());
         let text = |frame: &mut Vec<u8>, text: &[u8]| {
             frame.extend((text.len() as u32).to_le_bytes());
             frame.extend(text);
@@ -117,16 +140,24 @@ impl Request {
 
     fn decode(mut content: &[u8]) -> Result<Self, Malformed> {
         let from = &mut content;
-        let arguments = (0..number(from)?).map(|_| os_string(from)).collect::<Result<_, _>>()?;
+        let arguments = (0..number(from)?)
+            .map(|_| os_string(from))
+            .collect::<Result<_, _>>()?;
         let directory = os_string(from)?;
-        let variables =
-            (0..number(from)?).map(|_| Ok((os_string(from)?, os_string(from)?))).collect::<Result<_, _>>()?;
+        let variables = (0..number(from)?)
+            .map(|_| Ok((os_string(from)?, os_string(from)?)))
+            .collect::<Result<_, _>>()?;
         let bytes = text(from)?.to_vec();
         if !content.is_empty() || bytes.len() > MOST_BYTES {
             return Err(Malformed::Garbage);
         }
         let directory = (!directory.is_empty()).then(|| PathBuf::from(directory));
-        Ok(Self { arguments, directory, variables, bytes })
+        Ok(Self {
+            arguments,
+            directory,
+            variables,
+            bytes,
+        })
     }
 }
 
@@ -150,7 +181,11 @@ fn os_string(from: &mut &[u8]) -> Result<OsString, Malformed> {
 }
 
 fn check(what: &'static str, size: usize, max: usize) -> Result<(), TooLarge> {
-    if size > max { Err(TooLarge { what, size, max }) } else { Ok(()) }
+    if size > max {
+        Err(TooLarge { what, size, max })
+    } else {
+        Ok(())
+    }
 }
 
 fn header(kind: Kind, length: usize) -> Vec<u8> {
@@ -185,7 +220,10 @@ pub(super) struct Inbox {
 
 impl Inbox {
     pub(super) fn new(max: usize) -> Self {
-        Self { buffer: Vec::new(), max }
+        Self {
+            buffer: Vec::new(),
+            max,
+        }
     }
 
     /// Returns the buffer for the arriving bytes.
@@ -201,22 +239,27 @@ impl Inbox {
         }
         match self.header()? {
             None => Ok(HEADER - self.buffer.len()),
-            Some((_, length)) => (HEADER + length).checked_sub(self.buffer.len()).ok_or(Malformed::Garbage),
+            Some((_, length)) => (HEADER + length)
+                .checked_sub(self.buffer.len())
+                .ok_or(Malformed::Garbage),
         }
     }
 
     fn header(&self) -> Result<Option<(Kind, usize)>, Malformed> {
-        let Some((&[_, _, _, _, v0, v1, k0, k1, l0, l1, l2, l3], _)) = self.buffer.split_first_chunk::<HEADER>() else {
+        let Some((&[_, _, _, _, v0, v1, k0, k1, l0, l1, l2, l3], _)) =
+            self.buffer.split_first_chunk::<HEADER>()
+        else {
             return Ok(None);
         };
         let kind = Kind::of(u16::from_le_bytes([k0, k1]));
         let version = u16::from_le_bytes([v0, v1]);
-        // `NotUnderstood` is valid from every version. Any other frame of another version only means that the version
-        // differs.
+        // `NotUnderstood` is valid from every version. Any other frame of another version only
+        // means that the version differs.
         if version != VERSION && kind != Some(Kind::NotUnderstood) {
             return Err(Malformed::Version);
         }
-        let length = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3])).map_err(|_| Malformed::TooLong)?;
+        let length = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3]))
+            .map_err(|_| Malformed::TooLong)?;
         match kind {
             None => Err(Malformed::Garbage),
             Some(_) if length > self.max => Err(Malformed::TooLong),
@@ -247,7 +290,8 @@ mod tests {
 
     use super::*;
 
-    /// Reads a frame that arrives in portions of `portion` bytes. Returns the number of `bytes` that it took.
+    /// Reads a frame that arrives in portions of `portion` bytes. Returns the number of `bytes`
+    /// that it took.
     fn read(bytes: &[u8], portion: usize, max: usize) -> (Result<Inbox, Malformed>, usize) {
         let mut inbox = Inbox::new(max);
         loop {
@@ -271,7 +315,9 @@ mod tests {
     }
 
     fn requests() -> impl Strategy<Value = Request> {
-        let directory = proptest::option::of(texts().prop_filter("a directory", |directory| !directory.is_empty()));
+        let directory = proptest::option::of(
+            texts().prop_filter("a directory", |directory| !directory.is_empty()),
+        );
         let variables = proptest::collection::vec((texts(), texts()), 0..5);
         (
             proptest::collection::vec(texts(), 0..20),
@@ -352,12 +398,20 @@ mod tests {
         assert_eq!(damaged(4, &[9, 9]), (Err(Malformed::Version), HEADER));
         assert_eq!(damaged(6, &[9]), (Err(Malformed::Garbage), HEADER));
         assert_eq!(damaged(8, &[0xff; 4]), (Err(Malformed::TooLong), HEADER));
-        assert_eq!(damaged(8, &(MAX_REQUEST_BYTES as u32 + 1).to_le_bytes()), (Err(Malformed::TooLong), HEADER));
+        assert_eq!(
+            damaged(8, &(MAX_REQUEST_BYTES as u32 + 1).to_le_bytes()),
+            (Err(Malformed::TooLong), HEADER)
+        );
     }
 
     #[test]
     fn wrong_lengths_are_rejected_without_allocation() {
-        for content in [&[0xff; 4][..], &[1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], &[0; 15], &[0; 17]] {
+        for content in [
+            &[0xff; 4][..],
+            &[1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
+            &[0; 15],
+            &[0; 17],
+        ] {
             let mut frame = header(Kind::Request, content.len());
             frame.extend(content);
             assert_eq!(
@@ -370,19 +424,40 @@ mod tests {
 
     #[test]
     fn too_large_message_is_refused_before_sending() {
-        let request = |bytes| Request { bytes: vec![0; bytes], ..Request::default() };
+        let request = |bytes| Request {
+            bytes: vec![0; bytes],
+            ..Request::default()
+        };
         assert!(request(MOST_BYTES).encode().is_ok());
-        assert_eq!(request(MOST_BYTES + 1).encode().unwrap_err().size, MOST_BYTES + 1);
-        assert_eq!(answer(&vec![0; MOST_BYTES + 1]).unwrap_err().max, MOST_BYTES);
+        assert_eq!(
+            request(MOST_BYTES + 1).encode().unwrap_err().size,
+            MOST_BYTES + 1
+        );
+        assert_eq!(
+            answer(&vec![0; MOST_BYTES + 1]).unwrap_err().max,
+            MOST_BYTES
+        );
         let arguments = vec![OsString::from_vec(vec![b'x'; MAX_REQUEST_BYTES])];
-        assert_eq!(Request { arguments, ..Request::default() }.encode().unwrap_err().what, "an activation");
+        assert_eq!(
+            Request {
+                arguments,
+                ..Request::default()
+            }
+            .encode()
+            .unwrap_err()
+            .what,
+            "an activation"
+        );
     }
 
     #[test]
     fn not_understood_is_read_from_any_version() {
         let mut frame = empty_frame(Kind::NotUnderstood);
         frame[4] = 7;
-        assert_eq!(read(&frame, 64, 0).0.unwrap().answer(), Ok((Kind::NotUnderstood, Vec::new())));
+        assert_eq!(
+            read(&frame, 64, 0).0.unwrap().answer(),
+            Ok((Kind::NotUnderstood, Vec::new()))
+        );
         let mut frame = empty_frame(Kind::Answer);
         frame[4] = 7;
         assert_eq!(read(&frame, 64, 0).0.unwrap_err(), Malformed::Version);

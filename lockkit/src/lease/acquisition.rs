@@ -19,7 +19,8 @@ use crate::base::wait::{Wait, WaitError, WaitState};
 /// The minimum pause of a waiter: a lease that expires now is requested again after this time.
 const MIN_WAIT_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The maximum pause with a clock that no other process reads, because such a clock may run at any speed.
+/// The maximum pause with a clock that no other process reads, because such a clock may run at any
+/// speed.
 const MAX_PRIVATE_CLOCK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A held lease, and the report on its previous owner, if that owner did not release.
@@ -42,7 +43,8 @@ pub(super) fn acquire(lease: &Arc<LeaseSpec>, wait: &Wait) -> Result<Acquired> {
 struct Acquisition<'a> {
     lease: &'a LeaseSpec,
     wait: &'a Wait,
-    /// This thread in the queue of the process. It outlives the acquisition, which may have to dissolve the queue.
+    /// This thread in the queue of the process. It outlives the acquisition, which may have to
+    /// dissolve the queue.
     waiter: &'a mut Option<Waiter>,
     /// `None` if the acquisition does not wait for a holder.
     wait_state: Option<WaitState>,
@@ -67,11 +69,16 @@ enum Outcome {
 }
 
 impl<'a> Acquisition<'a> {
-    fn begin(lease: &'a Arc<LeaseSpec>, wait: &'a Wait, waiter: &'a mut Option<Waiter>) -> Result<Self> {
+    fn begin(
+        lease: &'a Arc<LeaseSpec>,
+        wait: &'a Wait,
+        waiter: &'a mut Option<Waiter>,
+    ) -> Result<Self> {
         let found = FoundLease::new(lease);
         wait.check(&found)?;
-        let scheduler = HeartbeatScheduler::start()
-            .map_err(|error| Error::io("start the heartbeat thread for", lease.name.as_str(), error))?;
+        let scheduler = HeartbeatScheduler::start().map_err(|error| {
+            Error::io("start the heartbeat thread for", lease.name.as_str(), error)
+        })?;
         Ok(Self {
             lease,
             wait,
@@ -96,9 +103,12 @@ impl<'a> Acquisition<'a> {
         }
         loop {
             match self.attempt()? {
-                Outcome::Granted(grant, sent) => return Ok((self.claim.granted(grant, sent), self.recovered)),
+                Outcome::Granted(grant, sent) => {
+                    return Ok((self.claim.granted(grant, sent), self.recovered));
+                }
                 Outcome::Busy(snapshot) => self.wait_for_holder(&snapshot)?,
-                // The next attempt repeats the claim. If the store carried out this attempt, it returns the same grant.
+                // The next attempt repeats the claim. If the store carried out this attempt, it
+                // returns the same grant.
                 Outcome::Failed(failure) => self.pause_after(failure)?,
             }
         }
@@ -110,12 +120,17 @@ impl<'a> Acquisition<'a> {
         let by = match self.wait_state.as_ref().and_then(WaitState::until) {
             Some(until) => {
                 let earliest = Deadline::after(lease.min_attempt_timeout());
-                lease.request_deadline().min(Deadline::from(until).max(earliest))
+                lease
+                    .request_deadline()
+                    .min(Deadline::from(until).max(earliest))
             }
             None => lease.request_deadline(),
         };
         let sent = options.clock.now();
-        match lease.store.try_acquire(&lease.name, &self.claim.claim, options.ttl, by) {
+        match lease
+            .store
+            .try_acquire(&lease.name, &self.claim.claim, options.ttl, by)
+        {
             Ok(Attempt::Granted(mut grant)) => {
                 if options.clock.now() >= options.timing().valid_until(sent, grant.ttl()) {
                     return Ok(Outcome::Failed(self.return_late_grant(grant, sent)));
@@ -134,12 +149,20 @@ impl<'a> Acquisition<'a> {
         }
     }
 
-    /// Gives back a grant whose answer came after its time was over. Returns the failure of the attempt.
+    /// Gives back a grant whose answer came after its time was over. Returns the failure of the
+    /// attempt.
     fn return_late_grant(&mut self, mut grant: Grant, sent: Duration) -> StoreError {
-        match self.lease.return_grant(&grant, self.lease.request_deadline()) {
+        match self
+            .lease
+            .return_grant(&grant, self.lease.request_deadline())
+        {
             Ok(is_passed_on) => {
-                // If the store does not pass this report on, this acquisition is the last that can make it.
-                self.recovered = grant.take_recovered().filter(|_| !is_passed_on).or(self.recovered.take());
+                // If the store does not pass this report on, this acquisition is the last that can
+                // make it.
+                self.recovered = grant
+                    .take_recovered()
+                    .filter(|_| !is_passed_on)
+                    .or(self.recovered.take());
                 self.claim.replace_claim();
             }
             // The heartbeat gives the grant back, and passes the report of the dead owner on.
@@ -149,7 +172,8 @@ impl<'a> Acquisition<'a> {
         StoreError::not_applied("the answer came too late")
     }
 
-    /// Waits until the lease may have changed, or until the wait ends. An acquisition that does not wait fails.
+    /// Waits until the lease may have changed, or until the wait ends. An acquisition that does not
+    /// wait fails.
     fn wait_for_holder(&mut self, snapshot: &LeaseSnapshot) -> Result<()> {
         (self.failures, self.is_answered) = (0, true);
         self.found.owner = snapshot.owner().cloned();
@@ -165,16 +189,20 @@ impl<'a> Acquisition<'a> {
         Ok(())
     }
 
-    /// Waits until this thread is first in the queue of the process. Returns true if it was first already and may wait
-    /// at the store, and false if the lease may have changed in the meantime.
+    /// Waits until this thread is first in the queue of the process. Returns true if it was first
+    /// already and may wait at the store, and false if the lease may have changed in the meantime.
     fn wait_in_queue(&mut self) -> Result<bool> {
-        let Some(wait_state) = &self.wait_state else { return Ok(true) };
+        let Some(wait_state) = &self.wait_state else {
+            return Ok(true);
+        };
         let queue = &self.lease.queue;
         if !self.waiter.as_ref().is_some_and(Waiter::is_first) {
             // Without a free descriptor the thread asks the store out of order.
             *self.waiter = queue.join().ok();
         }
-        let Some(waiter) = self.waiter else { return Ok(true) };
+        let Some(waiter) = self.waiter else {
+            return Ok(true);
+        };
         let event = match waiter.as_fd() {
             Some(event) if !waiter.is_first() => event,
             _ => {
@@ -189,24 +217,39 @@ impl<'a> Acquisition<'a> {
         })
     }
 
-    /// Waits until the lease differs from the snapshot, until the snapshot expires, or until the wait ends.
+    /// Waits until the lease differs from the snapshot, until the snapshot expires, or until the
+    /// wait ends.
     fn wait_for_change(&self, snapshot: &LeaseSnapshot) -> Result<()> {
-        let Some(wait_state) = &self.wait_state else { return Ok(()) };
+        let Some(wait_state) = &self.wait_state else {
+            return Ok(());
+        };
         let (lease, options) = (self.lease, &self.lease.options);
-        let mut limit = snapshot.expires_in().unwrap_or(options.ttl).max(MIN_WAIT_INTERVAL);
+        let mut limit = snapshot
+            .expires_in()
+            .unwrap_or(options.ttl)
+            .max(MIN_WAIT_INTERVAL);
         if !lease.store.profile().wakes_waiters {
             limit = limit.min(options.retry_delay);
         }
         if options.clock.shared_id().is_none() {
             limit = limit.min(MAX_PRIVATE_CLOCK_INTERVAL);
         }
-        let by = wait_state.until().map_or(Deadline::after(limit), |until| Deadline::after(limit).min(until.into()));
+        let by = wait_state.until().map_or(Deadline::after(limit), |until| {
+            Deadline::after(limit).min(until.into())
+        });
         let stop = wait_state.token().cloned().unwrap_or_default();
-        let has_failed = match lease.store.wait_for_change(&lease.name, snapshot, by, &stop) {
+        let has_failed = match lease
+            .store
+            .wait_for_change(&lease.name, snapshot, by, &stop)
+        {
             Err(error @ StoreError::Permanent(_)) => return Err(lease.error(error)),
             waited => waited.is_err(),
         };
-        let pause = if has_failed { wait_state.sleep(options.retry_delay)? } else { Ok(()) };
+        let pause = if has_failed {
+            wait_state.sleep(options.retry_delay)?
+        } else {
+            Ok(())
+        };
         pause
             .and_then(|()| wait_state.portion(Duration::MAX).map(drop))
             .map_err(|error| wait_state.error(error, &self.found))
@@ -226,7 +269,8 @@ impl<'a> Acquisition<'a> {
         };
         match wait_state.sleep(options.retry_delay)? {
             Ok(()) => Ok(()),
-            // The store never answered that the lease is held, so this is not a timeout of the lock.
+            // The store never answered that the lease is held, so this is not a timeout of the
+            // lock.
             Err(WaitError::TimedOut) if !self.is_answered => Err(self.lease.error(failure)),
             Err(error) => Err(wait_state.error(error, &self.found)),
         }
@@ -261,6 +305,11 @@ impl LockInfo for FoundLease<'_> {
 
     fn held(&self) -> Error {
         let source = self.lease.options.held_error.as_ref().map(|error| error());
-        ErrorKind::Held { lock: self.describe(), owner: self.holder().map(Box::new), source }.into()
+        ErrorKind::Held {
+            lock: self.describe(),
+            owner: self.holder().map(Box::new),
+            source,
+        }
+        .into()
     }
 }

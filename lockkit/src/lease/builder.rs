@@ -58,49 +58,57 @@ enum Target {
 }
 
 impl Lease {
-    /// Returns a builder for a lease whose record is a file. The file is on this machine, or on a file system that
-    /// several machines share and whose flock(2) reaches all of them.
+    /// Returns a builder for a lease whose record is a file. The file is on this machine, or on a
+    /// file system that several machines share and whose flock(2) reaches all of them.
     ///
-    /// The first acquisition creates the file. lockkit never deletes it, because it contains the token; do not delete
-    /// it either. Its directory must exist, unless [`create_parents`](LeaseBuilder::create_parents) is given. After a
-    /// deletion the next process to ask gets the lease at once, and the holder learns of it at its next heartbeat. If
-    /// no process has asked until then, the heartbeat creates the file again. [`build`](LeaseBuilder::build) makes the
-    /// path absolute, so a later change of the working directory has no effect.
+    /// The first acquisition creates the file. lockkit never deletes it, because it contains the
+    /// token; do not delete it either. Its directory must exist, unless
+    /// [`create_parents`](LeaseBuilder::create_parents) is given. After a deletion the next process
+    /// to ask gets the lease at once, and the holder learns of it at its next heartbeat. If no
+    /// process has asked until then, the heartbeat creates the file again.
+    /// [`build`](LeaseBuilder::build) makes the path absolute, so a later change of the working
+    /// directory has no effect.
     ///
-    /// lockkit never writes to a file that is not a lease, for any user and in any method: the error is
-    /// [`NotALease`](crate::ErrorKind::NotALease). It reclaims only a blank file (empty, or at most 1024 zeros) and a
-    /// lease that was truncated or damaged. If another program's file replaces the file of a held lease, the holder
-    /// keeps the lease until its deadline. The record may be restored by then.
+    /// lockkit never writes to a file that is not a lease, for any user and in any method: the
+    /// error is [`NotALease`](crate::ErrorKind::NotALease). It reclaims only a blank file (empty,
+    /// or at most 1024 zeros) and a lease that was truncated or damaged. If another program's file
+    /// replaces the file of a held lease, the holder keeps the lease until its deadline. The record
+    /// may be restored by then.
     ///
-    /// Each heartbeat opens, locks, rewrites and closes the file, which takes some microseconds in memory. lockkit
-    /// keeps no descriptor open, so ten thousand leases need no more descriptors than one. On file systems of this
-    /// machine (tmpfs, ext4, xfs, btrfs and similar) a step does not sync the file. A power cut, a deletion and a
-    /// restored backup do no harm to the order of tokens: each new token is at least the microseconds since the epoch.
-    /// That holds unless the wall clock is set back along with the file. With several hosts, no host's clock may be
-    /// ahead of the others by as much time as such a loss takes back. On all other file systems, such as NFS, CIFS
-    /// and FUSE, each step is synced, so that a heartbeat has reached the server before it counts.
+    /// Each heartbeat opens, locks, rewrites and closes the file, which takes some microseconds in
+    /// memory. lockkit keeps no descriptor open, so ten thousand leases need no more descriptors
+    /// than one. On file systems of this machine (tmpfs, ext4, xfs, btrfs and similar) a step does
+    /// not sync the file. A power cut, a deletion and a restored backup do no harm to the order of
+    /// tokens: each new token is at least the microseconds since the epoch. That holds unless the
+    /// wall clock is set back along with the file. With several hosts, no host's clock may be ahead
+    /// of the others by as much time as such a loss takes back. On all other file systems, such as
+    /// NFS, CIFS and FUSE, each step is synced, so that a heartbeat has reached the server before
+    /// it counts.
     ///
-    /// The price: a process without free descriptors cannot renew, and loses its file leases after a ttl. A holder that
-    /// is stopped in the middle of a heartbeat, or killed but not yet gone, keeps the file locked until it continues or
-    /// is gone. Until then no other process can take the lease. (The host of an NFS client that is cut off keeps the
-    /// file locked until the server frees the lock: 90 s on Linux.) Other processes lock the file only to take a lease
-    /// that is free or expired. Any user with permission to open the file can lock it. Give that permission only to the
-    /// users that share the lease.
+    /// The price: a process without free descriptors cannot renew, and loses its file leases after
+    /// a ttl. A holder that is stopped in the middle of a heartbeat, or killed but not yet gone,
+    /// keeps the file locked until it continues or is gone. Until then no other process can take
+    /// the lease. (The host of an NFS client that is cut off keeps the file locked until the server
+    /// frees the lock: 90 s on Linux.) Other processes lock the file only to take a lease that is
+    /// free or expired. Any user with permission to open the file can lock it. Give that permission
+    /// only to the users that share the lease.
     ///
     /// A process takes over a held lease in two cases:
-    /// - The owner is dead by its identity. It ran on this host, or on an earlier boot of this host if
-    ///   `/etc/machine-id` identifies the host.
-    /// - The owner's heartbeat has not changed for the ttl in the record, by the clock of the process that takes the
-    ///   lease over.
+    /// - The owner is dead by its identity. It ran on this host, or on an earlier boot of this host
+    ///   if `/etc/machine-id` identifies the host.
+    /// - The owner's heartbeat has not changed for the ttl in the record, by the clock of the
+    ///   process that takes the lease over.
     ///
-    /// A program that tries only once per start, for example from cron, succeeds too. It leaves a note of the time at
-    /// which it first saw that heartbeat. The next program on the same machine continues from the note.
+    /// A program that tries only once per start, for example from cron, succeeds too. It leaves a
+    /// note of the time at which it first saw that heartbeat. The next program on the same machine
+    /// continues from the note.
     ///
     /// A blank or damaged file counts as held for
-    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). After that the next
-    /// process to ask takes it, also a program that tries only once: the times of the file show how long it has been
-    /// unchanged. (On a file system of another machine, an hour of that does not count, because the clocks may differ.)
-    /// [`status`](Self::status) reports the same. lockkit does not change a file of a later version of the format.
+    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). After
+    /// that the next process to ask takes it, also a program that tries only once: the times of the
+    /// file show how long it has been unchanged. (On a file system of another machine, an hour of
+    /// that does not count, because the clocks may differ.) [`status`](Self::status) reports the
+    /// same. lockkit does not change a file of a later version of the format.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -132,34 +140,39 @@ impl Lease {
     /// | `postgres://user@host/database?lease=name` | `postgres` |
     /// | `redis://host:6379/name` | `redis` |
     ///
-    /// **Redis and Valkey**, from version 5 on: `redis://user:password@host:port/database/name`. All parts but the host
-    /// and the name are optional. `rediss://` uses TLS, with the system's authorities or those of `?ca=/path`.
-    /// `?cert=/path&key=/path` adds a client certificate. These are PEM files, and each connection reads them again.
-    /// `valkey://` and `valkeys://` mean the same. For a socket: `redis+unix:///path/of/socket?lease=name`, with `db`,
-    /// `user` and `pass` as parameters.
+    /// **Redis and Valkey**, from version 5 on: `redis://user:password@host:port/database/name`.
+    /// All parts but the host and the name are optional. `rediss://` uses TLS, with the system's
+    /// authorities or those of `?ca=/path`. `?cert=/path&key=/path` adds a client certificate.
+    /// These are PEM files, and each connection reads them again. `valkey://` and `valkeys://` mean
+    /// the same. For a socket: `redis+unix:///path/of/socket?lease=name`, with `db`, `user` and
+    /// `pass` as parameters.
     ///
-    /// A server that fails over, or restarts without its last writes, can grant a lease twice, so there the
-    /// [`token`](super::LeaseGuard::token) must be checked. Configure the server to keep its data (`appendonly yes`)
-    /// and to evict nothing: `maxmemory-policy noeviction`, or one of the volatile policies. The volatile policies are
-    /// safe because the keys `lockkit:{name}` never expire: these keys keep the tokens. The server uses its wall clock.
-    /// If that clock is set forward, leases end that much too soon for other processes; if it is set back, that much
+    /// A server that fails over, or restarts without its last writes, can grant a lease twice, so
+    /// there the [`token`](super::LeaseGuard::token) must be checked. Configure the server to keep
+    /// its data (`appendonly yes`) and to evict nothing: `maxmemory-policy noeviction`, or one of
+    /// the volatile policies. The volatile policies are safe because the keys `lockkit:{name}`
+    /// never expire: these keys keep the tokens. The server uses its wall clock. If that clock is
+    /// set forward, leases end that much too soon for other processes; if it is set back, that much
     /// too late. The shortest ttl is 100 ms. With access lists, the user needs
-    /// `~lockkit:* &lockkit:* +@hash +@scripting +@pubsub +time`. Do not use a server of a cluster, because it may
-    /// redirect the lease to another server.
+    /// `~lockkit:* &lockkit:* +@hash +@scripting +@pubsub +time`. Do not use a server of a cluster,
+    /// because it may redirect the lease to another server.
     ///
-    /// The name is the end of the path, or the parameter `lease`. Characters with another meaning in a URL are escaped,
-    /// such as `%2F`. All leases of a process on one server share its connections. lockkit connects when the lease is
-    /// first used. An invalid URL is an error of [`build`](LeaseBuilder::build).
+    /// The name is the end of the path, or the parameter `lease`. Characters with another meaning
+    /// in a URL are escaped, such as `%2F`. All leases of a process on one server share its
+    /// connections. lockkit connects when the lease is first used. An invalid URL is an error of
+    /// [`build`](LeaseBuilder::build).
     ///
-    /// **etcd**, 3.4 or later, with its gateway on: several nodes are written as `host:2379,host:2379`, after an
-    /// optional `user:password@`. `etcds://` uses TLS. The parameters are:
+    /// **etcd**, 3.4 or later, with its gateway on: several nodes are written as
+    /// `host:2379,host:2379`, after an optional `user:password@`. `etcds://` uses TLS. The
+    /// parameters are:
     /// - `ca`: a file with the certificates to trust instead of the system's;
-    /// - `cert` and `key`: the files of a client certificate, which must have no common name if etcd has authentication
-    ///   on;
+    /// - `cert` and `key`: the files of a client certificate, which must have no common name if
+    ///   etcd has authentication on;
     /// - `prefix`: the beginning of all keys, by default `lockkit/`.
     ///
-    /// The user needs to read and write all keys with that prefix. If etcd requires client certificates, etcd's own
-    /// certificate must be valid for clients, too, because its gateway connects to it as a client.
+    /// The user needs to read and write all keys with that prefix. If etcd requires client
+    /// certificates, etcd's own certificate must be valid for clients, too, because its gateway
+    /// connects to it as a client.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -184,33 +197,38 @@ impl Lease {
 
 impl LeaseBuilder {
     fn new(target: Target) -> Self {
-        Self { target, settings: Settings::default() }
+        Self {
+            target,
+            settings: Settings::default(),
+        }
     }
 
-    /// Sets how long the lease lasts after its last renewal. The default is 3 seconds, or the shortest ttl of the store
-    /// if that is longer. A waiter waits this long for a silent holder.
+    /// Sets how long the lease lasts after its last renewal. The default is 3 seconds, or the
+    /// shortest ttl of the store if that is longer. A waiter waits this long for a silent holder.
     ///
-    /// If another store of this process hangs, renewals may stop for a quarter of the shortest ttl, at most half a
-    /// second. With a ttl below some 50 ms they stop for longer. If several stores hang at once, each of them adds this
-    /// time.
+    /// If another store of this process hangs, renewals may stop for a quarter of the shortest ttl,
+    /// at most half a second. With a ttl below some 50 ms they stop for longer. If several stores
+    /// hang at once, each of them adds this time.
     #[doc(alias = "lease_stale_threshold")]
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.settings.ttl = Some(ttl);
         self
     }
 
-    /// Sets the interval between renewals: at least 1 ms, at most a third of the ttl. The default is 250 ms. It is a
-    /// quarter of the ttl if that is shorter, or if the store keeps no ttl below one second.
+    /// Sets the interval between renewals: at least 1 ms, at most a third of the ttl. The default
+    /// is 250 ms. It is a quarter of the ttl if that is shorter, or if the store keeps no ttl below
+    /// one second.
     #[doc(alias = "lease_heartbeat_interval")]
     pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
         self.settings.heartbeat = Some(heartbeat);
         self
     }
 
-    /// Sets the callback for the loss of a held lease. It runs once for each loss, and not at a release. A thread that
-    /// is started for losses reports the losses of a process one after the other; if no thread can be started, the
-    /// heartbeat thread does. So the callback may take its time, but the next loss is reported only when the callback
-    /// returns. A panic in the callback is caught and has no further effect.
+    /// Sets the callback for the loss of a held lease. It runs once for each loss, and not at a
+    /// release. A thread that is started for losses reports the losses of a process one after the
+    /// other; if no thread can be started, the heartbeat thread does. So the callback may take its
+    /// time, but the next loss is reported only when the callback returns. A panic in the callback
+    /// is caught and has no further effect.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -228,9 +246,9 @@ impl LeaseBuilder {
         self
     }
 
-    /// Renews the lease only while [`progress`](super::LeaseGuard::progress) has been called within this time, which
-    /// first counts from the acquisition. A worker that hangs then loses its lease a ttl after the last renewal, and
-    /// does not keep it for as long as its process lives.
+    /// Renews the lease only while [`progress`](super::LeaseGuard::progress) has been called within
+    /// this time, which first counts from the acquisition. A worker that hangs then loses its lease
+    /// a ttl after the last renewal, and does not keep it for as long as its process lives.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -252,8 +270,9 @@ impl LeaseBuilder {
         self
     }
 
-    /// Sets an error of the program's own, for a lease that another owner holds when the caller does not wait. That
-    /// error becomes the source of the [`Held`](crate::ErrorKind::Held) error; the kind stays `Held`.
+    /// Sets an error of the program's own, for a lease that another owner holds when the caller
+    /// does not wait. That error becomes the source of the [`Held`](crate::ErrorKind::Held) error;
+    /// the kind stays `Held`.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -286,39 +305,42 @@ impl LeaseBuilder {
         self
     }
 
-    /// Sets how often in a row an attempt is repeated that the store refused or did not answer, before acquiring fails.
-    /// The default is 4 times. Finding the lease held is no failure.
+    /// Sets how often in a row an attempt is repeated that the store refused or did not answer,
+    /// before acquiring fails. The default is 4 times. Finding the lease held is no failure.
     pub fn acquire_retry_limit(mut self, limit: u32) -> Self {
         self.settings.retry_limit = limit;
         self
     }
 
-    /// Sets the pause between such attempts, and the poll interval at a held lease if nothing wakes the waiter: at
-    /// least 1 ms, by default 25 ms.
+    /// Sets the pause between such attempts, and the poll interval at a held lease if nothing wakes
+    /// the waiter: at least 1 ms, by default 25 ms.
     pub fn acquire_retry_delay(mut self, delay: Duration) -> Self {
         self.settings.retry_delay = delay;
         self
     }
 
-    /// Sets, for a file, how long a blank file (empty, or zeros) or a damaged lease counts as held. At least a
-    /// heartbeat; the default is 2 seconds, or two heartbeats if that is longer.
+    /// Sets, for a file, how long a blank file (empty, or zeros) or a damaged lease counts as held.
+    /// At least a heartbeat; the default is 2 seconds, or two heartbeats if that is longer.
     ///
-    /// The file must be unchanged for this time. The process observes that on its own clock. The times of the file are
-    /// evidence, too, less an hour on a file system of another machine. A live holder repairs the record at its next
-    /// heartbeat. A holder that is stopped when the record is damaged can overlap with the next holder, by the
-    /// difference of its ttl and this time.
+    /// The file must be unchanged for this time. The process observes that on its own clock. The
+    /// times of the file are evidence, too, less an hour on a file system of another machine. A
+    /// live holder repairs the record at its next heartbeat. A holder that is stopped when the
+    /// record is damaged can overlap with the next holder, by the difference of its ttl and this
+    /// time.
     pub fn invalid_pid_lock_stale_threshold(mut self, age: Duration) -> Self {
         self.settings.damage_timeout = Some(age);
         self
     }
 
-    /// Sets, for a file, the exact permissions of a new file, independent of the umask. The default is 0600, less the
-    /// umask. The mode must let the owner read and write.
+    /// Sets, for a file, the exact permissions of a new file, independent of the umask. The default
+    /// is 0600, less the umask. The mode must let the owner read and write.
     ///
-    /// A mode that lets the group or others write shares the lease between users: this lease then also accepts the file
-    /// of another user, if that file lets the same class write. Otherwise the file of another user than this one or
-    /// root is [`ForeignOwner`](crate::ErrorKind::ForeignOwner). Share a lease only with users that you trust: they can
-    /// write any record. A user with only read permission can lock the file, which prevents renewals.
+    /// A mode that lets the group or others write shares the lease between users: this lease then
+    /// also accepts the file of another user, if that file lets the same class write. Otherwise the
+    /// file of another user than this one or root is
+    /// [`ForeignOwner`](crate::ErrorKind::ForeignOwner). Share a lease only with users that you
+    /// trust: they can write any record. A user with only read permission can lock the file, which
+    /// prevents renewals.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -331,15 +353,17 @@ impl LeaseBuilder {
         self
     }
 
-    /// Sets, for a file, the exact permissions of the directories that [`create_parents`](Self::create_parents)
-    /// creates, independent of the umask. The default is 0700, less the umask.
+    /// Sets, for a file, the exact permissions of the directories that
+    /// [`create_parents`](Self::create_parents) creates, independent of the umask. The default is
+    /// 0700, less the umask.
     pub fn directory_write_mode(mut self, mode: u32) -> Self {
         self.settings.directory_mode = Some(mode);
         self
     }
 
-    /// Creates, for a file, missing parent directories. A release does not remove them. By default a missing directory
-    /// is an [`Io`](crate::ErrorKind::Io) error of the kind `NotFound` that names the directory.
+    /// Creates, for a file, missing parent directories. A release does not remove them. By default
+    /// a missing directory is an [`Io`](crate::ErrorKind::Io) error of the kind `NotFound` that
+    /// names the directory.
     pub fn create_parents(mut self) -> Self {
         self.settings.create_parents = true;
         self
@@ -354,14 +378,15 @@ impl LeaseBuilder {
     /// Builds the lease. Acquires and creates nothing yet.
     ///
     /// # Errors
-    /// - [`InvalidOption`](crate::ErrorKind::InvalidOption) with the reason if the options do not go together.
-    /// - [`InvalidName`](crate::ErrorKind::InvalidName) for a key that is empty, longer than 200 bytes or has control
-    ///   characters.
+    /// - [`InvalidOption`](crate::ErrorKind::InvalidOption) with the reason if the options do not
+    ///   go together.
+    /// - [`InvalidName`](crate::ErrorKind::InvalidName) for a key that is empty, longer than 200
+    ///   bytes or has control characters.
     /// - [`InvalidUrl`](crate::ErrorKind::InvalidUrl) for an invalid URL.
-    /// - [`Unsupported`](crate::ErrorKind::Unsupported) for the URL of an engine that this build of lockkit does not
-    ///   have.
-    /// - [`Io`](crate::ErrorKind::Io) if the path of a file is empty, or if it is relative and the working directory is
-    ///   gone.
+    /// - [`Unsupported`](crate::ErrorKind::Unsupported) for the URL of an engine that this build of
+    ///   lockkit does not have.
+    /// - [`Io`](crate::ErrorKind::Io) if the path of a file is empty, or if it is relative and the
+    ///   working directory is gone.
     pub fn build(self) -> Result<Lease> {
         let Self { target, settings } = self;
         let location = match target {
@@ -388,16 +413,32 @@ impl LeaseBuilder {
             clock_id,
             clock: settings.clock,
         };
-        let queue = QueueKey { record, clock, retry_delay, retry_limit };
-        Ok(Lease::new(LeaseSpec { name, store, queue, options }))
+        let queue = QueueKey {
+            record,
+            clock,
+            retry_delay,
+            retry_limit,
+        };
+        Ok(Lease::new(LeaseSpec {
+            name,
+            store,
+            queue,
+            options,
+        }))
     }
 }
 
 /// The name of a lease, the store that keeps it, and what identifies its record.
 type Kept = (LeaseName, Arc<dyn LeaseStore>, RecordId);
 
-fn record_in_file(path: &Path, settings: &Settings, timing: &CheckedTiming, clock_id: Option<u128>) -> Result<Kept> {
-    let path = std::path::absolute(path).map_err(|error| Error::io("make absolute", path, error))?;
+fn record_in_file(
+    path: &Path,
+    settings: &Settings,
+    timing: &CheckedTiming,
+    clock_id: Option<u128>,
+) -> Result<Kept> {
+    let path =
+        std::path::absolute(path).map_err(|error| Error::io("make absolute", path, error))?;
     let store = FileStore::new(FileSpec {
         heartbeat: timing.heartbeat,
         damage_timeout: timing.damage_timeout,
@@ -410,7 +451,14 @@ fn record_in_file(path: &Path, settings: &Settings, timing: &CheckedTiming, cloc
         path: path.clone(),
     });
     let name = LeaseName::of_path(&path);
-    Ok((name, Arc::new(store), RecordId::File { path, damage_timeout: timing.damage_timeout }))
+    Ok((
+        name,
+        Arc::new(store),
+        RecordId::File {
+            path,
+            damage_timeout: timing.damage_timeout,
+        },
+    ))
 }
 
 fn record_in_store(store: Arc<dyn LeaseStore>, key: &str, settings: &Settings) -> Result<Kept> {
@@ -432,7 +480,11 @@ impl fmt::Debug for LeaseBuilder {
         };
         let Settings { ttl, heartbeat, .. } = &self.settings;
         let mut shown = f.debug_struct("LeaseBuilder");
-        shown.field("location", location).field("ttl", ttl).field("heartbeat", heartbeat).finish_non_exhaustive()
+        shown
+            .field("location", location)
+            .field("ttl", ttl)
+            .field("heartbeat", heartbeat)
+            .finish_non_exhaustive()
     }
 }
 
@@ -459,26 +511,71 @@ mod tests {
         let file = || Lease::file("/nowhere/lease");
         assert_eq!(rejected_option(file().ttl(MS)), "ttl");
         assert_eq!(rejected_option(file().ttl(Duration::MAX)), "ttl");
-        for too_short in [Duration::ZERO, Duration::from_nanos(1), MS - Duration::from_nanos(1)] {
+        for too_short in [
+            Duration::ZERO,
+            Duration::from_nanos(1),
+            MS - Duration::from_nanos(1),
+        ] {
             assert_eq!(rejected_option(file().heartbeat(too_short)), "heartbeat");
-            assert_eq!(rejected_option(file().acquire_retry_delay(too_short)), "acquire_retry_delay");
+            assert_eq!(
+                rejected_option(file().acquire_retry_delay(too_short)),
+                "acquire_retry_delay"
+            );
         }
-        assert_eq!(rejected_option(file().ttl(MS * 300).heartbeat(MS * 101)), "heartbeat");
-        assert_eq!(rejected_option(file().require_progress(MS * 249)), "require_progress");
         assert_eq!(
-            rejected_option(file().heartbeat(MS * 250).invalid_pid_lock_stale_threshold(MS * 249)),
+            rejected_option(file().ttl(MS * 300).heartbeat(MS * 101)),
+            "heartbeat"
+        );
+        assert_eq!(
+            rejected_option(file().require_progress(MS * 249)),
+            "require_progress"
+        );
+        assert_eq!(
+            rejected_option(
+                file()
+                    .heartbeat(MS * 250)
+                    .invalid_pid_lock_stale_threshold(MS * 249)
+            ),
             "invalid_pid_lock_stale_threshold"
         );
-        assert_eq!(rejected_option(file().file_write_mode(0o444)), "file_write_mode");
-        assert_eq!(rejected_option(file().directory_write_mode(0o10700)), "directory_write_mode");
-        assert!(file().ttl(MS * 300).heartbeat(MS * 100).require_progress(MS * 100).build().is_ok());
-        assert!(file().heartbeat(MS).acquire_retry_delay(MS).require_progress(MS).build().is_ok());
+        assert_eq!(
+            rejected_option(file().file_write_mode(0o444)),
+            "file_write_mode"
+        );
+        assert_eq!(
+            rejected_option(file().directory_write_mode(0o10700)),
+            "directory_write_mode"
+        );
+        assert!(
+            file()
+                .ttl(MS * 300)
+                .heartbeat(MS * 100)
+                .require_progress(MS * 100)
+                .build()
+                .is_ok()
+        );
+        assert!(
+            file()
+                .heartbeat(MS)
+                .acquire_retry_delay(MS)
+                .require_progress(MS)
+                .build()
+                .is_ok()
+        );
         assert!(Lease::file("").build().is_err());
     }
 
     #[test]
     fn default_heartbeat_is_at_most_a_quarter_of_ttl() {
-        let heartbeat = |ttl| Lease::file("/nowhere/lease").ttl(ttl).build().unwrap().0.options.heartbeat;
+        let heartbeat = |ttl| {
+            Lease::file("/nowhere/lease")
+                .ttl(ttl)
+                .build()
+                .unwrap()
+                .0
+                .options
+                .heartbeat
+        };
         assert_eq!(heartbeat(MS * 100), MS * 25);
         assert_eq!(heartbeat(DEFAULT_TTL), DEFAULT_HEARTBEAT_INTERVAL);
         assert_eq!(heartbeat(DEFAULT_TTL * 100), DEFAULT_HEARTBEAT_INTERVAL);

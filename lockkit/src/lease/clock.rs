@@ -1,8 +1,9 @@
 //! The clocks that leases use.
 //!
-//! A lease is a promise about time. So no user must be able to set its clock, and the clock must run while the machine
-//! sleeps: a holder that slept for an hour must find its lease lost. No two processes compare their clocks. Each
-//! process only measures, on its own clock, how long something has been unchanged.
+//! A lease is a promise about time. So no user must be able to set its clock, and the clock must
+//! run while the machine sleeps: a holder that slept for an hour must find its lease lost. No two
+//! processes compare their clocks. Each process only measures, on its own clock, how long something
+//! has been unchanged.
 
 use std::fmt;
 use std::mem;
@@ -40,24 +41,27 @@ use crate::sys::{clock, process};
 /// # assert!(Fast.now() > SystemClock.now() && Fast.shared_id().is_none());
 /// ```
 pub trait Clock: fmt::Debug + Send + Sync {
-    /// Returns the time since some moment that stays the same for the life of the clock. Never goes back.
+    /// Returns the time since some moment that stays the same for the life of the clock. Never goes
+    /// back.
     fn now(&self) -> Duration;
 
-    /// Wakes `sleeper` at the next jump, if the clock can jump, because a sleeper assumes that the clock runs as time
-    /// does. The registration is for one jump. The sleeper registers again before it reads the clock and sleeps again.
+    /// Wakes `sleeper` at the next jump, if the clock can jump, because a sleeper assumes that the
+    /// clock runs as time does. The registration is for one jump. The sleeper registers again
+    /// before it reads the clock and sleeps again.
     fn on_jump(&self, _sleeper: &Waker) {}
 
-    /// Returns the id of a clock that other processes read, too, which distinguishes it from every other clock. `None`,
-    /// the default, means a clock of this process only. Two readings under the same id can be compared. Leases of one
-    /// process whose clocks have the same id may be counted by any of these clocks.
+    /// Returns the id of a clock that other processes read, too, which distinguishes it from every
+    /// other clock. `None`, the default, means a clock of this process only. Two readings under the
+    /// same id can be compared. Leases of one process whose clocks have the same id may be counted
+    /// by any of these clocks.
     fn shared_id(&self) -> Option<u128> {
         None
     }
 }
 
-/// The time since the machine started, including sleep: `CLOCK_BOOTTIME` of [clock_gettime(2)] on Linux and Android,
-/// the interrupt time on Windows, `CLOCK_MONOTONIC_RAW` on macOS, and `CLOCK_MONOTONIC` on the BSDs. Of the BSDs, only
-/// OpenBSD's clock counts sleep in every version.
+/// The time since the machine started, including sleep: `CLOCK_BOOTTIME` of [clock_gettime(2)] on
+/// Linux and Android, the interrupt time on Windows, `CLOCK_MONOTONIC_RAW` on macOS, and
+/// `CLOCK_MONOTONIC` on the BSDs. Of the BSDs, only OpenBSD's clock counts sleep in every version.
 ///
 /// ```
 /// use lockkit::lease::{Clock, SystemClock};
@@ -80,7 +84,8 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that moves only by [`advance`](Self::advance), for tests without sleeping. Clones are the same clock.
+/// A clock that moves only by [`advance`](Self::advance), for tests without sleeping. Clones are
+/// the same clock.
 ///
 /// ```
 /// use std::time::Duration;

@@ -11,14 +11,15 @@ use crate::base::blocking;
 use crate::base::error::Result;
 use crate::base::guard::{Guard, Recovered};
 
-/// A held [`Lease`](super::Lease). Dropping the guard releases the lease, and waits for the store for a quarter of the
-/// ttl, at most 250 ms. A file on a mount that hangs has no such limit. But if a request is known to hang already, the
-/// drop leaves the release to the heartbeat.
+/// A held [`Lease`](super::Lease). Dropping the guard releases the lease, and waits for the store
+/// for a quarter of the ttl, at most 250 ms. A file on a mount that hangs has no such limit. But if
+/// a request is known to hang already, the drop leaves the release to the heartbeat.
 ///
-/// A guard is held until its lease is lost, and a lost lease stays lost. When the guard of a lost lease is dropped, it
-/// frees the name as far as that is possible at once, so that waiters stop waiting. The next owner then learns that the
-/// lease was not released. A forked child's copy of a guard is not held, and dropping it does nothing. The lease of a
-/// leaked guard (`mem::forget`) is renewed until the process ends.
+/// A guard is held until its lease is lost, and a lost lease stays lost. When the guard of a lost
+/// lease is dropped, it frees the name as far as that is possible at once, so that waiters stop
+/// waiting. The next owner then learns that the lease was not released. A forked child's copy of a
+/// guard is not held, and dropping it does nothing. The lease of a leaked guard (`mem::forget`) is
+/// renewed until the process ends.
 ///
 /// All methods may be called from any thread. Only dropping and releasing access the store.
 ///
@@ -43,15 +44,16 @@ impl LeaseGuard {
         Self { held, recovered }
     }
 
-    /// Returns the fencing token: greater than the token of every earlier owner of this lease. Send it with each write
-    /// to the resource that the lease guards. That resource must refuse a token lower than the highest token that it
-    /// has seen.
+    /// Returns the fencing token: greater than the token of every earlier owner of this lease. Send
+    /// it with each write to the resource that the lease guards. That resource must refuse a token
+    /// lower than the highest token that it has seen.
     pub fn token(&self) -> u64 {
         self.held.token()
     }
 
-    /// Returns whether the lease is held now. The result depends on the clock and not only on the last heartbeat: the
-    /// first call after the time is over finds the lease lost. A call takes some 50 ns.
+    /// Returns whether the lease is held now. The result depends on the clock and not only on the
+    /// last heartbeat: the first call after the time is over finds the lease lost. A call takes
+    /// some 50 ns.
     pub fn is_held(&self) -> bool {
         self.held.check().is_ok()
     }
@@ -64,9 +66,12 @@ impl LeaseGuard {
     /// Checks [`is_held`](Self::is_held), for use with `?`.
     ///
     /// # Errors
-    /// [`LeaseLost`](crate::ErrorKind::LeaseLost) with the reason if the lease is not held any more.
+    /// [`LeaseLost`](crate::ErrorKind::LeaseLost) with the reason if the lease is not held any
+    /// more.
     pub fn check(&self) -> Result<()> {
-        self.held.check().map_err(|reason| self.held.loss_error(reason))
+        self.held
+            .check()
+            .map_err(|reason| self.held.loss_error(reason))
     }
 
     /// Returns a signal of the loss, which other code can watch. The signal outlives the guard.
@@ -87,8 +92,9 @@ impl LeaseGuard {
         LostSignal::new(self.held.clone())
     }
 
-    /// Reports that the work makes progress. With [`require_progress`](super::LeaseBuilder::require_progress) the lease
-    /// is renewed only while this is called often enough.
+    /// Reports that the work makes progress. With
+    /// [`require_progress`](super::LeaseBuilder::require_progress) the lease is renewed only while
+    /// this is called often enough.
     pub fn progress(&self) {
         self.held.progress();
     }
@@ -97,16 +103,17 @@ impl LeaseGuard {
     ///
     /// # Errors
     /// - [`LeaseLost`](crate::ErrorKind::LeaseLost) if the lease was lost before.
-    /// - [`Io`](crate::ErrorKind::Io) or [`Store`](crate::ErrorKind::Store) if the release at the store failed. The
-    ///   heartbeat then repeats the release until the lease expires.
+    /// - [`Io`](crate::ErrorKind::Io) or [`Store`](crate::ErrorKind::Store) if the release at the
+    ///   store failed. The heartbeat then repeats the release until the lease expires.
     pub fn release(self) -> Result<()> {
         self.held.release()
     }
 
-    /// Releases the lease as [`release`](Self::release) does, without blocking the thread. Dropping the guard in a task
-    /// blocks the task for as long as the store takes: a quarter of the ttl or 250 ms at most. The limit also holds
-    /// when a renewal is under way. The release runs on a thread of its own. The release also completes when the future
-    /// is dropped after its first poll.
+    /// Releases the lease as [`release`](Self::release) does, without blocking the thread. Dropping
+    /// the guard in a task blocks the task for as long as the store takes: a quarter of the ttl or
+    /// 250 ms at most. The limit also holds when a renewal is under way. The release runs on a
+    /// thread of its own. The release also completes when the future is dropped after its first
+    /// poll.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -120,8 +127,8 @@ impl LeaseGuard {
     /// ```
     ///
     /// # Errors
-    /// As [`release`](Self::release), and [`Io`](crate::ErrorKind::Io) if no thread can be started. In that case the
-    /// calling thread releases the lease.
+    /// As [`release`](Self::release), and [`Io`](crate::ErrorKind::Io) if no thread can be started.
+    /// In that case the calling thread releases the lease.
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn release_async(self) -> Result<()> {
@@ -129,9 +136,9 @@ impl LeaseGuard {
         blocking::run_on_thread(&*held, move || self.release()).await
     }
 
-    /// Returns `Some` if the previous owner did not release: it died, was silent for its ttl, or its record was
-    /// damaged. The value names that owner, if it is known. That owner may be alive, and may never have learned that it
-    /// had the lease.
+    /// Returns `Some` if the previous owner did not release: it died, was silent for its ttl, or
+    /// its record was damaged. The value names that owner, if it is known. That owner may be alive,
+    /// and may never have learned that it had the lease.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }
@@ -157,7 +164,12 @@ impl Drop for LeaseGuard {
 impl fmt::Debug for LeaseGuard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("LeaseGuard");
-        shown.field("name", &self.held.name()).field("token", &self.token()).field("remaining", &self.remaining());
-        shown.field("recovered", &self.recovered).finish_non_exhaustive()
+        shown
+            .field("name", &self.held.name())
+            .field("token", &self.token())
+            .field("remaining", &self.remaining());
+        shown
+            .field("recovered", &self.recovered)
+            .finish_non_exhaustive()
     }
 }

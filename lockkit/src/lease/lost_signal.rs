@@ -12,7 +12,8 @@ use crate::base::lock_info::LockInfo;
 use crate::base::wait::{Wait, WaitState};
 use crate::sys::fd::AsFd;
 
-/// A signal of the loss of a lease, or of its release. Clones are the same signal, and all outlive the guard.
+/// A signal of the loss of a lease, or of its release. Clones are the same signal, and all outlive
+/// the guard.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -34,7 +35,8 @@ impl LostSignal {
         Self(held)
     }
 
-    /// Returns whether the lease is not held any more, by the clock, as [`is_held`](super::LeaseGuard::is_held) does.
+    /// Returns whether the lease is not held any more, by the clock, as
+    /// [`is_held`](super::LeaseGuard::is_held) does.
     pub fn is_lost(&self) -> bool {
         self.reason().is_some()
     }
@@ -44,8 +46,8 @@ impl LostSignal {
         self.0.check().err()
     }
 
-    /// Returns a token that is cancelled at the loss or the release, to end waits for other locks. The heartbeat thread
-    /// cancels the token, or the first other check that finds the lease lost.
+    /// Returns a token that is cancelled at the loss or the release, to end waits for other locks.
+    /// The heartbeat thread cancels the token, or the first other check that finds the lease lost.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -71,8 +73,8 @@ impl LostSignal {
     /// Waits for the loss or the release, as long as `wait` says.
     ///
     /// # Errors
-    /// - [`Timeout`](crate::ErrorKind::Timeout), or [`Held`](crate::ErrorKind::Held) without waiting, if the lease is
-    ///   still held by then.
+    /// - [`Timeout`](crate::ErrorKind::Timeout), or [`Held`](crate::ErrorKind::Held) without
+    ///   waiting, if the lease is still held by then.
     /// - [`Cancelled`](crate::ErrorKind::Cancelled), as `wait` says.
     /// - [`Io`](crate::ErrorKind::Io) if no descriptor is left to wait with.
     pub fn wait(&self, wait: &Wait) -> Result<LossReason> {
@@ -91,7 +93,8 @@ impl LostSignal {
         }
     }
 
-    /// Waits as [`wait`](Self::wait) does, in a task. If nothing else ends the wait, await the signal itself.
+    /// Waits as [`wait`](Self::wait) does, in a task. If nothing else ends the wait, await the
+    /// signal itself.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -107,8 +110,8 @@ impl LostSignal {
     /// ```
     ///
     /// # Errors
-    /// As [`wait`](Self::wait), without `Io`; [`Unsupported`](crate::ErrorKind::Unsupported) outside of a tokio
-    /// runtime.
+    /// As [`wait`](Self::wait), without `Io`; [`Unsupported`](crate::ErrorKind::Unsupported)
+    /// outside of a tokio runtime.
     ///
     /// # Panics
     /// tokio panics if its runtime was built without a timer (`enable_time`).
@@ -177,7 +180,8 @@ impl LostSignal {
 /// ```
 ///
 /// # Panics
-/// tokio panics outside of its runtime, and in a runtime that was built without a timer (`enable_time`).
+/// tokio panics outside of its runtime, and in a runtime that was built without a timer
+/// (`enable_time`).
 #[cfg(feature = "tokio")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
 impl IntoFuture for LostSignal {
@@ -198,6 +202,8 @@ impl IntoFuture for LostSignal {
 
 impl fmt::Debug for LostSignal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LostSignal").field("reason", &self.reason()).finish_non_exhaustive()
+        f.debug_struct("LostSignal")
+            .field("reason", &self.reason())
+            .finish_non_exhaustive()
     }
 }

@@ -1,19 +1,23 @@
-//! Leases: a lock with a time to live, a fencing token, and an honest answer to "do I still hold it?".
+//! Leases: a lock with a time to live, a fencing token, and an honest answer to "do I still hold
+//! it?".
 //!
-//! A lease is a record that names the holder of a key, and says how long the lease lasts after its last renewal. One
-//! heartbeat thread renews all leases of a process. A holder that is stopped, cut off or hung cannot renew. Such a
-//! holder loses the lease when its time is over, and **knows it**: [`LeaseGuard::is_held`] uses the holder's own clock.
-//! It counts the ttl, less one part in a hundred and 2 ms, from before the granted request was sent. So `is_held` turns
-//! false before another process can acquire the lease, whether or not a heartbeat has run since. This holds as long as
-//! no clock runs wrong by more than that margin. lockkit compares no two clocks.
+//! A lease is a record that names the holder of a key, and says how long the lease lasts after its
+//! last renewal. One heartbeat thread renews all leases of a process. A holder that is stopped, cut
+//! off or hung cannot renew. Such a holder loses the lease when its time is over, and **knows it**:
+//! [`LeaseGuard::is_held`] uses the holder's own clock. It counts the ttl, less one part in a
+//! hundred and 2 ms, from before the granted request was sent. So `is_held` turns false before
+//! another process can acquire the lease, whether or not a heartbeat has run since. This holds as
+//! long as no clock runs wrong by more than that margin. lockkit compares no two clocks.
 //!
-//! No lease can stop a holder between its call of `is_held` and its next action. No lease can notice that the virtual
-//! machine of the holder was paused or put back to a snapshot, where its clock stops. The [`token`](LeaseGuard::token)
-//! covers these cases: it is greater with every owner. The resource that the lease guards must refuse a token lower
-//! than the highest token that it has seen.
+//! No lease can stop a holder between its call of `is_held` and its next action. No lease can
+//! notice that the virtual machine of the holder was paused or put back to a snapshot, where its
+//! clock stops. The [`token`](LeaseGuard::token) covers these cases: it is greater with every
+//! owner. The resource that the lease guards must refuse a token lower than the highest token that
+//! it has seen.
 //!
-//! Leases are from C. Gray and D. Cheriton, *Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
-//! Consistency* (SOSP 1989). Why they need fencing: M. Kleppmann, [How to do distributed locking] (2016).
+//! Leases are from C. Gray and D. Cheriton, *Leases: An Efficient Fault-Tolerant Mechanism for
+//! Distributed File Cache Consistency* (SOSP 1989). Why they need fencing: M. Kleppmann, [How to do
+//! distributed locking] (2016).
 //!
 //! # Implementation
 //! | module | contents |
@@ -60,6 +64,6 @@ pub use handle::{Lease, LeaseStatus};
 pub use lost_signal::LostSignal;
 pub use options::Loss;
 pub use store::lease_store::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal,
-    StoreProfile,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released,
+    Renewal, StoreProfile,
 };

@@ -16,7 +16,8 @@ pub(super) const MAX_TTL: Duration = Duration::from_secs(365 * 86_400);
 pub(super) type HeldError = Arc<dyn Fn() -> Box<dyn std::error::Error + Send + Sync> + Send + Sync>;
 pub(super) type OnLost = Arc<dyn Fn(&Loss) + Send + Sync>;
 
-/// The options of a lease, which passed the checks of [`LeaseBuilder::build`](super::LeaseBuilder::build).
+/// The options of a lease, which passed the checks of
+/// [`LeaseBuilder::build`](super::LeaseBuilder::build).
 pub(super) struct Options {
     pub(super) ttl: Duration,
     pub(super) heartbeat: Duration,
@@ -26,13 +27,18 @@ pub(super) struct Options {
     pub(super) retry_limit: u32,
     pub(super) retry_delay: Duration,
     pub(super) clock: Arc<dyn Clock>,
-    /// The [`shared_id`](Clock::shared_id) of the clock, kept here because a call costs system calls.
+    /// The [`shared_id`](Clock::shared_id) of the clock, kept here because a call costs system
+    /// calls.
     pub(super) clock_id: Option<u128>,
 }
 
 impl Options {
     pub(super) fn timing(&self) -> LeaseTiming {
-        LeaseTiming { ttl: self.ttl, heartbeat: self.heartbeat, progress: self.progress }
+        LeaseTiming {
+            ttl: self.ttl,
+            heartbeat: self.heartbeat,
+            progress: self.progress,
+        }
     }
 }
 

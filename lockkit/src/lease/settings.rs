@@ -14,7 +14,8 @@ const DEFAULT_DAMAGE_TIMEOUT: Duration = Duration::from_secs(2);
 const DEFAULT_RETRY_LIMIT: u32 = 4;
 const DEFAULT_RETRY_DELAY: Duration = Duration::from_millis(25);
 
-/// A store that keeps a shorter ttl than this can process a request every [`DEFAULT_HEARTBEAT_INTERVAL`].
+/// A store that keeps a shorter ttl than this can process a request every
+/// [`DEFAULT_HEARTBEAT_INTERVAL`].
 const MAX_TTL_OF_FAST_STORE: Duration = Duration::from_secs(1);
 
 /// The minimum interval of a repeated action. A shorter interval would use a whole processor.
@@ -76,34 +77,65 @@ impl Settings {
             }
         };
         let ttl = self.ttl.unwrap_or(DEFAULT_TTL.max(min_ttl));
-        reject_if(ttl < min_ttl, "ttl", || format!("{ttl:?} is shorter than the minimum, {min_ttl:?}"))?;
-        reject_if(ttl > MAX_TTL, "ttl", || format!("{ttl:?} is longer than the maximum, a year"))?;
+        reject_if(ttl < min_ttl, "ttl", || {
+            format!("{ttl:?} is shorter than the minimum, {min_ttl:?}")
+        })?;
+        reject_if(ttl > MAX_TTL, "ttl", || {
+            format!("{ttl:?} is longer than the maximum, a year")
+        })?;
         let ttl = round_up(ttl, step);
-        let default = if min_ttl < MAX_TTL_OF_FAST_STORE { DEFAULT_HEARTBEAT_INTERVAL } else { ttl };
+        let default = if min_ttl < MAX_TTL_OF_FAST_STORE {
+            DEFAULT_HEARTBEAT_INTERVAL
+        } else {
+            ttl
+        };
         let heartbeat = self.heartbeat.unwrap_or(default.min(ttl / 4));
         self.check_heartbeat(heartbeat, ttl)?;
-        reject_if(self.retry_delay < MIN_REPEAT_INTERVAL, "acquire_retry_delay", || {
-            format!("{:?} is shorter than the minimum, 1ms, and would use a whole processor", self.retry_delay)
-        })?;
-        let damage_timeout = self.damage_timeout.unwrap_or(DEFAULT_DAMAGE_TIMEOUT.max(heartbeat * 2));
-        reject_if(damage_timeout < heartbeat, "invalid_pid_lock_stale_threshold", || {
-            format!(
-                "{damage_timeout:?} is shorter than a heartbeat, {heartbeat:?}, at which the holder repairs the file"
-            )
-        })?;
-        Ok(CheckedTiming { ttl, heartbeat, damage_timeout })
+        reject_if(
+            self.retry_delay < MIN_REPEAT_INTERVAL,
+            "acquire_retry_delay",
+            || {
+                format!(
+                    "{:?} is shorter than the minimum, 1ms, and would use a whole processor",
+                    self.retry_delay
+                )
+            },
+        )?;
+        let damage_timeout = self
+            .damage_timeout
+            .unwrap_or(DEFAULT_DAMAGE_TIMEOUT.max(heartbeat * 2));
+        reject_if(
+            damage_timeout < heartbeat,
+            "invalid_pid_lock_stale_threshold",
+            || {
+                format!(
+                    "{damage_timeout:?} is shorter than a heartbeat, {heartbeat:?}, at which the holder repairs the file"
+                )
+            },
+        )?;
+        Ok(CheckedTiming {
+            ttl,
+            heartbeat,
+            damage_timeout,
+        })
     }
 
     fn check_heartbeat(&self, heartbeat: Duration, ttl: Duration) -> Result<()> {
         reject_if(heartbeat < MIN_REPEAT_INTERVAL, "heartbeat", || {
-            format!("{heartbeat:?} is shorter than the minimum, 1ms, and would use a whole processor")
+            format!(
+                "{heartbeat:?} is shorter than the minimum, 1ms, and would use a whole processor"
+            )
         })?;
         reject_if(heartbeat > ttl / 3, "heartbeat", || {
-            format!("{heartbeat:?} is more than a third of the ttl, {ttl:?}, so one late renewal could lose the lease")
+            format!(
+                "{heartbeat:?} is more than a third of the ttl, {ttl:?}, so one late renewal could lose the lease"
+            )
         })?;
         if let Some(within) = self.progress {
             reject_if(within < heartbeat, "require_progress", || {
-                format!("{within:?} is shorter than a heartbeat, {heartbeat:?}, so the loss would be noticed too late")
+                format!(
+                    "{within:?} is shorter than a heartbeat, {heartbeat:?}, so the loss would be noticed too late"
+                )
             })?;
         }
         Ok(())
@@ -115,12 +147,26 @@ impl Settings {
     /// As [`checked_timing`](Self::checked_timing).
     pub(super) fn check_modes(&self) -> Result<()> {
         for (option, mode, required, rights) in [
-            ("file_write_mode", self.file_mode, 0o600, "read and write the file"),
-            ("directory_write_mode", self.directory_mode, 0o700, "read, write and enter the directory"),
+            (
+                "file_write_mode",
+                self.file_mode,
+                0o600,
+                "read and write the file",
+            ),
+            (
+                "directory_write_mode",
+                self.directory_mode,
+                0o700,
+                "read, write and enter the directory",
+            ),
         ] {
             let Some(mode) = mode else { continue };
-            reject_if(mode & !0o7777 != 0, option, || format!("{mode:#o} is not a file mode"))?;
-            reject_if(mode & required != required, option, || format!("{mode:#o} does not let its owner {rights}"))?;
+            reject_if(mode & !0o7777 != 0, option, || {
+                format!("{mode:#o} is not a file mode")
+            })?;
+            reject_if(mode & required != required, option, || {
+                format!("{mode:#o} does not let its owner {rights}")
+            })?;
         }
         Ok(())
     }
@@ -128,18 +174,36 @@ impl Settings {
     /// Returns the given options that only a lease in a file has.
     pub(super) fn file_options(&self) -> impl Iterator<Item = &'static str> {
         let options = [
-            ("invalid_pid_lock_stale_threshold", self.damage_timeout.is_some()),
+            (
+                "invalid_pid_lock_stale_threshold",
+                self.damage_timeout.is_some(),
+            ),
             ("file_write_mode", self.file_mode.is_some()),
             ("directory_write_mode", self.directory_mode.is_some()),
             ("create_parents", self.create_parents),
         ];
-        options.into_iter().filter(|(_, is_given)| *is_given).map(|(option, _)| option)
+        options
+            .into_iter()
+            .filter(|(_, is_given)| *is_given)
+            .map(|(option, _)| option)
     }
 }
 
 /// Returns an error for `option` if it is wrong.
-pub(super) fn reject_if(is_wrong: bool, option: &'static str, problem: impl FnOnce() -> String) -> Result<()> {
-    if is_wrong { Err(ErrorKind::InvalidOption { option, problem: problem() }.into()) } else { Ok(()) }
+pub(super) fn reject_if(
+    is_wrong: bool,
+    option: &'static str,
+    problem: impl FnOnce() -> String,
+) -> Result<()> {
+    if is_wrong {
+        Err(ErrorKind::InvalidOption {
+            option,
+            problem: problem(),
+        }
+        .into())
+    } else {
+        Ok(())
+    }
 }
 
 /// Rounds `ttl` up to a whole multiple of `step`.

@@ -1,8 +1,8 @@
 //! A held lease, as its guard, its watchers and the heartbeat share it.
 //!
-//! The state is under a mutex. No thread holds the mutex during a request to a store, so a reader of the state never
-//! waits for a store. A forked child has a copy, perhaps of a locked mutex. The child checks [`ProcessId`] first, and
-//! touches nothing else.
+//! The state is under a mutex. No thread holds the mutex during a request to a store, so a reader
+//! of the state never waits for a store. A forked child has a copy, perhaps of a locked mutex. The
+//! child checks [`ProcessId`] first, and touches nothing else.
 
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,7 +14,9 @@ use super::heartbeat::{FailureDomain, HeartbeatScheduler, Renewable};
 use super::options::Loss;
 use super::spec::{LeaseSpec, MIN_REQUEST_TIMEOUT};
 use super::state::{Action, LeaseState};
-use super::store::lease_store::{Attempt, ClaimId, Deadline, Grant, LeaseSnapshot, Released, Renewal};
+use super::store::lease_store::{
+    Attempt, ClaimId, Deadline, Grant, LeaseSnapshot, Released, Renewal,
+};
 use crate::base::cancel::CancelToken;
 use crate::base::error::{Error, ErrorKind, LossReason, Result, StoreError};
 use crate::base::lock_info::LockInfo;
@@ -22,12 +24,14 @@ use crate::base::owner::Owner;
 use crate::base::telemetry;
 use crate::sys::fork::ProcessId;
 
-/// The maximum time that a release waits for the store. A quarter of the ttl applies if it is shorter.
+/// The maximum time that a release waits for the store. A quarter of the ttl applies if it is
+/// shorter.
 const MAX_RELEASE_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// The maximum time of a request of the heartbeat, which may first have to connect to a distant server. A quarter of
-/// the ttl applies if it is shorter. The limit is lower if another lease of the same domain has a short ttl, because
-/// that lease may have to wait for the request. The limit is then not below [`MAX_RELEASE_TIMEOUT`].
+/// The maximum time of a request of the heartbeat, which may first have to connect to a distant
+/// server. A quarter of the ttl applies if it is shorter. The limit is lower if another lease of
+/// the same domain has a short ttl, because that lease may have to wait for the request. The limit
+/// is then not below [`MAX_RELEASE_TIMEOUT`].
 const MAX_RENEWAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A lease from its grant to its end.
@@ -58,8 +62,9 @@ struct State {
     unanswered: Option<Duration>,
 }
 
-/// An acquisition under way. If it ends without a grant after a request that got no answer, the request may leave an
-/// orphaned grant, also later. The heartbeat then frees the orphaned grant, so that it does not block clients.
+/// An acquisition under way. If it ends without a grant after a request that got no answer, the
+/// request may leave an orphaned grant, also later. The heartbeat then frees the orphaned grant, so
+/// that it does not block clients.
 pub(super) struct PendingClaim {
     lease: Arc<LeaseSpec>,
     scheduler: &'static HeartbeatScheduler,
@@ -70,7 +75,12 @@ pub(super) struct PendingClaim {
 
 impl PendingClaim {
     pub(super) fn begin(lease: Arc<LeaseSpec>, scheduler: &'static HeartbeatScheduler) -> Self {
-        Self { lease, scheduler, claim: ClaimId::random(), unanswered: None }
+        Self {
+            lease,
+            scheduler,
+            claim: ClaimId::random(),
+            unanswered: None,
+        }
     }
 
     /// Records that the request that was sent at `sent` got no answer.
@@ -80,10 +90,17 @@ impl PendingClaim {
 
     /// Begins to hold the name, which a request sent at `sent` was granted.
     pub(super) fn granted(mut self, grant: Grant, sent: Duration) -> Arc<Held> {
-        Held::begin(self.lease.clone(), grant, self.scheduler, sent, self.unanswered.take())
+        Held::begin(
+            self.lease.clone(),
+            grant,
+            self.scheduler,
+            sent,
+            self.unanswered.take(),
+        )
     }
 
-    /// Leaves a grant to the heartbeat: a request sent at `sent` was granted, and the grant could not be given back.
+    /// Leaves a grant to the heartbeat: a request sent at `sent` was granted, and the grant could
+    /// not be given back.
     pub(super) fn abandon_claim(&mut self, sent: Duration) {
         Held::reclaim_orphan(self.lease.clone(), &self.claim, 0, self.scheduler, sent);
         self.replace_claim();
@@ -104,9 +121,10 @@ impl Drop for PendingClaim {
 }
 
 impl Held {
-    /// Begins to hold the grant of a request that was sent at `sent`. The first heartbeat comes after half an interval
-    /// to a whole interval, at random. So a thousand leases that are acquired at once do not renew at once for ever. If
-    /// the store granted less than the ttl, the first heartbeat comes sooner by the difference.
+    /// Begins to hold the grant of a request that was sent at `sent`. The first heartbeat comes
+    /// after half an interval to a whole interval, at random. So a thousand leases that are
+    /// acquired at once do not renew at once for ever. If the store granted less than the ttl, the
+    /// first heartbeat comes sooner by the difference.
     fn begin(
         lease: Arc<LeaseSpec>,
         grant: Grant,
@@ -118,7 +136,8 @@ impl Held {
         let timing = options.timing();
         let half = timing.heartbeat / 2;
         let missing = options.ttl.saturating_sub(grant.ttl());
-        let due = sent + half + half.mul_f64(grant.claim().number() as u16 as f64 / f64::from(u16::MAX));
+        let due =
+            sent + half + half.mul_f64(grant.claim().number() as u16 as f64 / f64::from(u16::MAX));
         let due = due.saturating_sub(missing);
         let lease_state = LeaseState::new(timing, sent, grant.ttl(), options.clock.now(), due);
         let held = Self::new(lease, grant, scheduler, lease_state, true, unanswered);
@@ -126,9 +145,10 @@ impl Held {
         held
     }
 
-    /// Has the heartbeat free what the claim may be granted by a request that was sent at `sent` and got no answer. If
-    /// `known` is not 0, a grant under the token `known` is left alone. The heartbeat checks at once, and repeatedly
-    /// until such a grant would have expired, because the request may take effect late.
+    /// Has the heartbeat free what the claim may be granted by a request that was sent at `sent`
+    /// and got no answer. If `known` is not 0, a grant under the token `known` is left alone. The
+    /// heartbeat checks at once, and repeatedly until such a grant would have expired, because the
+    /// request may take effect late.
     fn reclaim_orphan(
         lease: Arc<LeaseSpec>,
         claim: &ClaimId,
@@ -219,10 +239,17 @@ impl Held {
             return Ok(());
         }
         let ended = self.end();
-        // A request without an answer may take effect now that the lease is free, or after other holders had the lease.
+        // A request without an answer may take effect now that the lease is free, or after other
+        // holders had the lease.
         let unanswered = self.lock().unanswered.take();
         if let Some(sent) = unanswered.filter(|sent| self.now() < *sent + self.ttl()) {
-            Self::reclaim_orphan(self.lease.clone(), self.grant.claim(), self.token(), self.scheduler, sent);
+            Self::reclaim_orphan(
+                self.lease.clone(),
+                self.grant.claim(),
+                self.token(),
+                self.scheduler,
+                sent,
+            );
         }
         ended
     }
@@ -233,8 +260,8 @@ impl Held {
             // A live process must not make others wait for a lease that the process has lost.
             let has_run_out = matches!(reason, LossReason::Expired | LossReason::Store(_));
             if has_run_out && !mem::replace(&mut self.lock().is_abandoned, true) {
-                let is_abandoned =
-                    !self.is_store_busy() && catch_panics(|| self.lease.store.abandon(&self.grant, by)).is_ok();
+                let is_abandoned = !self.is_store_busy()
+                    && catch_panics(|| self.lease.store.abandon(&self.grant, by)).is_ok();
                 if !is_abandoned {
                     self.defer_release();
                 }
@@ -275,8 +302,8 @@ impl Held {
         }
     }
 
-    /// Returns whether a request to the store may now hang behind an earlier request. Only the heartbeat has threads
-    /// for that.
+    /// Returns whether a request to the store may now hang behind an earlier request. Only the
+    /// heartbeat has threads for that.
     fn is_store_busy(&self) -> bool {
         self.lock().is_renewing || self.scheduler.is_stuck(self.domain())
     }
@@ -293,9 +320,12 @@ impl Held {
         catch_panics(|| match is_released {
             _ if !self.is_granted => self.free_orphan(by),
             true => self.lease.store.release(&self.grant, by),
-            // A late renewal may have extended the grant again, also in a store that detects the expiry by itself.
+            // A late renewal may have extended the grant again, also in a store that detects the
+            // expiry by itself.
             false => match self.lease.store.abandon(&self.grant, by) {
-                Ok(Released::NotMine) if self.snapshot(by)?.is_some() => self.lease.store.release(&self.grant, by),
+                Ok(Released::NotMine) if self.snapshot(by)?.is_some() => {
+                    self.lease.store.release(&self.grant, by)
+                }
                 result => result,
             },
         })
@@ -307,7 +337,8 @@ impl Held {
         Ok(snapshot.filter(|snapshot| snapshot.claim() == Some(*self.grant.claim())))
     }
 
-    /// Frees what the claim was granted. Always returns an error, because the unanswered request may still take effect.
+    /// Frees what the claim was granted. Always returns an error, because the unanswered request
+    /// may still take effect.
     fn free_orphan(&self, by: Deadline) -> Result<Released, StoreError> {
         // The code that knows how the grant under the known token ended gives that grant back.
         let is_to_free = |snapshot: LeaseSnapshot| match self.token() {
@@ -316,7 +347,8 @@ impl Held {
         };
         if self.snapshot(by)?.is_some_and(is_to_free) {
             let (store, name, claim) = (&self.lease.store, self.grant.name(), self.grant.claim());
-            // An attempt with the same claim returns the same grant, which reports whether its previous owner died.
+            // An attempt with the same claim returns the same grant, which reports whether its
+            // previous owner died.
             if let Attempt::Granted(grant) = store.try_acquire(name, claim, self.grant.ttl(), by)? {
                 self.lease.return_grant(&grant, by)?;
             }
@@ -326,7 +358,11 @@ impl Held {
 
     /// Returns the error that says that the lease is not held any more.
     pub(super) fn loss_error(&self, reason: LossReason) -> Error {
-        ErrorKind::LeaseLost { lock: self.describe(), reason }.into()
+        ErrorKind::LeaseLost {
+            lock: self.describe(),
+            reason,
+        }
+        .into()
     }
 
     /// Reports a loss to all watchers. The code that ended the lease calls this, so it runs once.
@@ -334,14 +370,30 @@ impl Held {
     fn report_loss(&self, reason: LossReason) {
         self.ended.cancel();
         telemetry::lost(self, self.token(), &reason);
-        let Some(call) = self.lease.options.on_lost.clone() else { return };
-        self.scheduler.report_loss(call, Loss { lock: self.describe(), token: self.token(), reason });
+        let Some(call) = self.lease.options.on_lost.clone() else {
+            return;
+        };
+        self.scheduler.report_loss(
+            call,
+            Loss {
+                lock: self.describe(),
+                token: self.token(),
+                reason,
+            },
+        );
     }
 
     /// Returns the deadline of a request that the heartbeat sends now.
     fn renewal_deadline(&self) -> Deadline {
-        let min_ttl = self.scheduler.min_ttl_of(self.domain()).unwrap_or(self.ttl());
-        Deadline::after((self.ttl() / 4).min(MAX_RENEWAL_TIMEOUT).min((min_ttl / 4).max(MAX_RELEASE_TIMEOUT)))
+        let min_ttl = self
+            .scheduler
+            .min_ttl_of(self.domain())
+            .unwrap_or(self.ttl());
+        Deadline::after(
+            (self.ttl() / 4)
+                .min(MAX_RENEWAL_TIMEOUT)
+                .min((min_ttl / 4).max(MAX_RELEASE_TIMEOUT)),
+        )
     }
 
     /// Returns the token that is cancelled when the lease has ended.
@@ -379,10 +431,10 @@ impl Renewable for Held {
 
     fn domain(&self) -> FailureDomain {
         let store = &self.lease.store;
-        store
-            .profile()
-            .failure_domain
-            .map_or(FailureDomain::Store(Arc::as_ptr(store).cast::<()>() as usize), FailureDomain::Common)
+        store.profile().failure_domain.map_or(
+            FailureDomain::Store(Arc::as_ptr(store).cast::<()>() as usize),
+            FailureDomain::Common,
+        )
     }
 
     fn is_over(&self) -> bool {
@@ -401,22 +453,24 @@ impl Renewable for Held {
         if matches!(next, Action::Renew) {
             state.is_renewing = true;
             drop(state);
-            let answer = catch_panics(|| self.lease.store.renew(&self.grant, self.renewal_deadline()));
+            let answer =
+                catch_panics(|| self.lease.store.renew(&self.grant, self.renewal_deadline()));
             // After an error the store may still have renewed the lease.
             let in_force = !matches!(answer, Ok(Renewal::Lost { .. }));
             let answered = self.now();
             state = self.lock();
             state.is_renewing = false;
             next = state.lease_state.record_answer(now, answered, answer);
-            // Waiters must not wait for a lease without a holder. A guard that waits for this answer releases the lease
-            // itself.
+            // Waiters must not wait for a lease without a holder. A guard that waits for this
+            // answer releases the lease itself.
             match state.lease_state.ended() {
                 None => {}
                 Some(LossReason::Released) => self.renewed.notify_all(),
                 Some(_) => state.is_release_pending = in_force,
             }
         }
-        let (is_release_pending, until) = (state.is_release_pending, state.lease_state.valid_until());
+        let (is_release_pending, until) =
+            (state.is_release_pending, state.lease_state.valid_until());
         drop(state);
         match next {
             Action::Sleep(until) => return Some(until),
@@ -467,7 +521,9 @@ impl LockInfo for Held {
     }
 }
 
-/// Returns the answer of a store. A panic becomes an error, because the heartbeat serves other leases, too.
+/// Returns the answer of a store. A panic becomes an error, because the heartbeat serves other
+/// leases, too.
 fn catch_panics<T>(ask: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-    catch_unwind(AssertUnwindSafe(ask)).unwrap_or_else(|_| Err(StoreError::unknown("the store panicked")))
+    catch_unwind(AssertUnwindSafe(ask))
+        .unwrap_or_else(|_| Err(StoreError::unknown("the store panicked")))
 }

@@ -1,7 +1,7 @@
 //! The state of a held lease: events go in, and the actions to take come out.
 //!
-//! This module has no thread, no clock and no store. Tests of every rule of time pass the time as an argument. All
-//! times are those of the lease's clock.
+//! This module has no thread, no clock and no store. Tests of every rule of time pass the time as
+//! an argument. All times are those of the lease's clock.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,8 +9,9 @@ use std::time::Duration;
 use super::store::lease_store::Renewal;
 use crate::base::error::{LossReason, StoreError};
 
-/// The safety margins of a grant: one part in [`DRIFT_DIVISOR`] of the ttl, and [`SAFETY_MARGIN`]. The holder's clock
-/// may be read late. It may run slow against the clock of the store or of an observer, by up to one part in a hundred.
+/// The safety margins of a grant: one part in [`DRIFT_DIVISOR`] of the ttl, and [`SAFETY_MARGIN`].
+/// The holder's clock may be read late. It may run slow against the clock of the store or of an
+/// observer, by up to one part in a hundred.
 const DRIFT_DIVISOR: u32 = 100;
 const SAFETY_MARGIN: Duration = Duration::from_millis(2);
 
@@ -27,7 +28,8 @@ pub(super) struct LeaseTiming {
 }
 
 impl LeaseTiming {
-    /// Returns until when a request sent at `sent` makes the lease valid, if the store granted `granted`.
+    /// Returns until when a request sent at `sent` makes the lease valid, if the store granted
+    /// `granted`.
     pub(super) fn valid_until(&self, sent: Duration, granted: Duration) -> Duration {
         let ttl = self.ttl.min(granted);
         sent + (ttl - ttl / DRIFT_DIVISOR).saturating_sub(SAFETY_MARGIN)
@@ -40,7 +42,8 @@ pub(super) struct LeaseState {
     timing: LeaseTiming,
     /// When the lease expires. Only a renewal moves this time.
     valid_until: Duration,
-    /// Set when the lease ends, and never cleared. Only a release that came too late replaces the reason.
+    /// Set when the lease ends, and never cleared. Only a release that came too late replaces the
+    /// reason.
     ended: Option<LossReason>,
     /// The last error of the store since the last renewal.
     last_error: Option<Arc<StoreError>>,
@@ -64,10 +67,24 @@ pub(super) enum Action {
 }
 
 impl LeaseState {
-    /// Creates a lease that was granted by a request sent at `sent`. Its first heartbeat is due at `due`.
-    pub(super) fn new(timing: LeaseTiming, sent: Duration, granted: Duration, now: Duration, due: Duration) -> Self {
+    /// Creates a lease that was granted by a request sent at `sent`. Its first heartbeat is due at
+    /// `due`.
+    pub(super) fn new(
+        timing: LeaseTiming,
+        sent: Duration,
+        granted: Duration,
+        now: Duration,
+        due: Duration,
+    ) -> Self {
         let valid_until = timing.valid_until(sent, granted);
-        Self { timing, valid_until, ended: None, last_error: None, last_progress: now, due }
+        Self {
+            timing,
+            valid_until,
+            ended: None,
+            last_error: None,
+            last_progress: now,
+            due,
+        }
     }
 
     /// Returns why the lease is not held any more.
@@ -82,14 +99,21 @@ impl LeaseState {
 
     /// Returns how long the lease lasts if it is not renewed.
     pub(super) fn remaining(&self, now: Duration) -> Duration {
-        if self.ended.is_some() { Duration::ZERO } else { self.valid_until.saturating_sub(now) }
+        if self.ended.is_some() {
+            Duration::ZERO
+        } else {
+            self.valid_until.saturating_sub(now)
+        }
     }
 
     /// Ends the lease if its time is over. Returns the reason if this call ended the lease.
     pub(super) fn expire(&mut self, now: Duration) -> Option<LossReason> {
         let over = self.ended.is_none() && now >= self.valid_until;
         over.then(|| {
-            let reason = self.last_error.take().map_or(LossReason::Expired, LossReason::Store);
+            let reason = self
+                .last_error
+                .take()
+                .map_or(LossReason::Expired, LossReason::Store);
             self.ended.insert(reason).clone()
         })
     }
@@ -104,10 +128,12 @@ impl LeaseState {
         self.ended.get_or_insert(LossReason::Released);
     }
 
-    /// Ends the lease as taken over: the store had granted it to another holder before the release, and no check
-    /// noticed that.
+    /// Ends the lease as taken over: the store had granted it to another holder before the release,
+    /// and no check noticed that.
     pub(super) fn release_was_too_late(&mut self) -> LossReason {
-        self.ended.insert(LossReason::TakenOver { by: None }).clone()
+        self.ended
+            .insert(LossReason::TakenOver { by: None })
+            .clone()
     }
 
     /// Returns what the heartbeat does now.
@@ -143,15 +169,23 @@ impl LeaseState {
         let heartbeat = self.timing.heartbeat;
         match answer {
             Ok(Renewal::Extended { ttl }) => {
-                // The lease is also valid if its time was over before the answer came and no check noticed that. The
-                // claim was in force all along, or the store would not have renewed it.
+                // The lease is also valid if its time was over before the answer came and no check
+                // noticed that. The claim was in force all along, or the store would not have
+                // renewed it.
                 self.valid_until = self.timing.valid_until(sent, ttl);
                 self.last_error = None;
-                // Keeps the phase of the heartbeat, so that heartbeats that were spread stay spread.
+                // Keeps the phase of the heartbeat, so that heartbeats that were spread stay
+                // spread.
                 self.due = (self.due + heartbeat).max(now + heartbeat / 2);
             }
             Ok(Renewal::Lost { by }) => {
-                return Action::ReportLoss(self.ended.insert(LossReason::TakenOver { by: by.map(Box::new) }).clone());
+                return Action::ReportLoss(
+                    self.ended
+                        .insert(LossReason::TakenOver {
+                            by: by.map(Box::new),
+                        })
+                        .clone(),
+                );
             }
             Err(error) => {
                 self.last_error = Some(Arc::new(error));
@@ -164,8 +198,8 @@ impl LeaseState {
         }
     }
 
-    /// Sleeps until the next heartbeat or the end of the lease. The end must be noticed even without a check by the
-    /// caller.
+    /// Sleeps until the next heartbeat or the end of the lease. The end must be noticed even
+    /// without a check by the caller.
     fn sleep(&self) -> Action {
         Action::Sleep(self.due.min(self.valid_until))
     }
@@ -178,8 +212,11 @@ mod tests {
     use crate::base::owner::Owner;
 
     const MS: Duration = Duration::from_millis(1);
-    const TIMING: LeaseTiming =
-        LeaseTiming { ttl: Duration::from_secs(3), heartbeat: Duration::from_millis(250), progress: None };
+    const TIMING: LeaseTiming = LeaseTiming {
+        ttl: Duration::from_secs(3),
+        heartbeat: Duration::from_millis(250),
+        progress: None,
+    };
     /// 99 hundredths of the ttl, less 2 ms.
     const VALID_FOR: Duration = Duration::from_millis(2968);
 
@@ -194,7 +231,10 @@ mod tests {
 
     fn renew(state: &mut LeaseState, now: Duration) {
         assert!(matches!(state.next_action(now), Action::Renew));
-        assert!(matches!(state.record_answer(now, now, renewed()), Action::Sleep(_)));
+        assert!(matches!(
+            state.record_answer(now, now, renewed()),
+            Action::Sleep(_)
+        ));
     }
 
     #[test]
@@ -205,17 +245,29 @@ mod tests {
         clock.advance(VALID_FOR - Duration::from_nanos(1));
         assert!(state.expire(clock.now()).is_none() && state.ended().is_none());
         clock.advance(Duration::from_nanos(1));
-        assert!(matches!(state.expire(clock.now()), Some(LossReason::Expired)));
-        assert!(state.expire(clock.now()).is_none(), "a loss is reported once");
+        assert!(matches!(
+            state.expire(clock.now()),
+            Some(LossReason::Expired)
+        ));
+        assert!(
+            state.expire(clock.now()).is_none(),
+            "a loss is reported once"
+        );
         assert!(matches!(state.ended(), Some(LossReason::Expired)));
         assert_eq!(state.remaining(clock.now()), Duration::ZERO);
     }
 
     #[test]
     fn deadline_counts_from_request_by_shorter_ttl() {
-        assert_eq!(TIMING.valid_until(MS * 100, TIMING.ttl), MS * 100 + VALID_FOR);
+        assert_eq!(
+            TIMING.valid_until(MS * 100, TIMING.ttl),
+            MS * 100 + VALID_FOR
+        );
         assert_eq!(TIMING.valid_until(MS * 100, MS * 1000), MS * (100 + 988));
-        assert_eq!(TIMING.valid_until(MS * 100, MS * 9000), MS * 100 + VALID_FOR);
+        assert_eq!(
+            TIMING.valid_until(MS * 100, MS * 9000),
+            MS * 100 + VALID_FOR
+        );
         assert_eq!(TIMING.valid_until(MS * 100, MS), MS * 100);
     }
 
@@ -225,7 +277,11 @@ mod tests {
         let mut state = state(TIMING, &clock);
         clock.advance(TIMING.heartbeat);
         assert!(matches!(state.next_action(clock.now()), Action::Renew));
-        state.record_answer(clock.now(), clock.now(), Ok(Renewal::Extended { ttl: MS * 1000 }));
+        state.record_answer(
+            clock.now(),
+            clock.now(),
+            Ok(Renewal::Extended { ttl: MS * 1000 }),
+        );
         assert_eq!(state.remaining(clock.now()), MS * 988);
     }
 
@@ -234,7 +290,9 @@ mod tests {
         let clock = ManualClock::new();
         let mut state = state(TIMING, &clock);
         for count in 1..=1000_u32 {
-            assert!(matches!(state.next_action(clock.now()), Action::Sleep(due) if due == TIMING.heartbeat * count));
+            assert!(
+                matches!(state.next_action(clock.now()), Action::Sleep(due) if due == TIMING.heartbeat * count)
+            );
             clock.advance(TIMING.heartbeat);
             renew(&mut state, clock.now());
             assert_eq!(state.remaining(clock.now()), VALID_FOR);
@@ -265,7 +323,10 @@ mod tests {
                 Action::Renew => {
                     tries += 1;
                     let answer = Err(StoreError::not_applied("no space left"));
-                    assert!(matches!(state.record_answer(clock.now(), clock.now(), answer), Action::Sleep(_)));
+                    assert!(matches!(
+                        state.record_answer(clock.now(), clock.now(), answer),
+                        Action::Sleep(_)
+                    ));
                 }
                 Action::Sleep(until) => clock.advance(until - clock.now()),
                 Action::ReportLoss(reason) => break reason,
@@ -273,7 +334,10 @@ mod tests {
             }
         };
         assert_eq!(clock.now(), VALID_FOR);
-        assert!((40..50).contains(&tries), "every 62.5 ms of 2718, not {tries} times");
+        assert!(
+            (40..50).contains(&tries),
+            "every 62.5 ms of 2718, not {tries} times"
+        );
         assert!(matches!(reason, LossReason::Store(_)));
         assert!(reason.to_string().ends_with("no space left"), "{reason}");
         assert!(matches!(state.next_action(clock.now()), Action::Nothing));
@@ -286,12 +350,18 @@ mod tests {
         clock.advance(MS * 2900);
         assert!(matches!(state.next_action(clock.now()), Action::Renew));
         let answer = Err(StoreError::unknown("no answer"));
-        assert!(matches!(state.record_answer(clock.now(), clock.now(), answer), Action::Sleep(_)));
+        assert!(matches!(
+            state.record_answer(clock.now(), clock.now(), answer),
+            Action::Sleep(_)
+        ));
         clock.advance(MS * 65);
         renew(&mut state, clock.now());
         assert_eq!(state.remaining(clock.now()), VALID_FOR);
         clock.advance(VALID_FOR);
-        assert!(matches!(state.expire(clock.now()), Some(LossReason::Expired)));
+        assert!(matches!(
+            state.expire(clock.now()),
+            Some(LossReason::Expired)
+        ));
     }
 
     #[test]
@@ -300,7 +370,9 @@ mod tests {
         let mut state = state(TIMING, &clock);
         clock.advance(TIMING.heartbeat);
         assert!(matches!(state.next_action(clock.now()), Action::Renew));
-        let answer = Ok(Renewal::Lost { by: Some(Owner::current()) });
+        let answer = Ok(Renewal::Lost {
+            by: Some(Owner::current()),
+        });
         assert!(matches!(
             state.record_answer(clock.now(), clock.now(), answer),
             Action::ReportLoss(LossReason::TakenOver { by: Some(_) })
@@ -316,8 +388,14 @@ mod tests {
         let sent = clock.now();
         assert!(matches!(state.next_action(sent), Action::Renew));
         clock.advance(MS * 100);
-        assert!(state.expire(clock.now()).is_some(), "a check came before the answer");
-        assert!(matches!(state.record_answer(sent, clock.now(), renewed()), Action::Nothing));
+        assert!(
+            state.expire(clock.now()).is_some(),
+            "a check came before the answer"
+        );
+        assert!(matches!(
+            state.record_answer(sent, clock.now(), renewed()),
+            Action::Nothing
+        ));
         state.release();
         assert!(matches!(state.ended(), Some(LossReason::Expired)));
     }
@@ -330,7 +408,10 @@ mod tests {
         let sent = clock.now();
         assert!(matches!(state.next_action(sent), Action::Renew));
         clock.advance(MS * 100);
-        assert!(matches!(state.record_answer(sent, clock.now(), renewed()), Action::Sleep(_)));
+        assert!(matches!(
+            state.record_answer(sent, clock.now(), renewed()),
+            Action::Sleep(_)
+        ));
         assert_eq!(state.remaining(clock.now()), VALID_FOR - MS * 100);
     }
 
@@ -342,7 +423,10 @@ mod tests {
         let sent = clock.now();
         assert!(matches!(state.next_action(sent), Action::Renew));
         clock.advance(TIMING.ttl);
-        assert!(matches!(state.record_answer(sent, clock.now(), renewed()), Action::ReportLoss(LossReason::Expired)));
+        assert!(matches!(
+            state.record_answer(sent, clock.now(), renewed()),
+            Action::ReportLoss(LossReason::Expired)
+        ));
     }
 
     #[test]
@@ -359,7 +443,10 @@ mod tests {
     #[test]
     fn missing_progress_stops_renewals_until_expiry() {
         let clock = ManualClock::new();
-        let timing = LeaseTiming { progress: Some(MS * 1000), ..TIMING };
+        let timing = LeaseTiming {
+            progress: Some(MS * 1000),
+            ..TIMING
+        };
         let mut state = state(timing, &clock);
         let mut renewals = 0;
         while state.ended().is_none() {
@@ -380,7 +467,13 @@ mod tests {
     #[test]
     fn progress_before_expiry_resumes_renewals() {
         let clock = ManualClock::new();
-        let mut state = state(LeaseTiming { progress: Some(MS * 1000), ..TIMING }, &clock);
+        let mut state = state(
+            LeaseTiming {
+                progress: Some(MS * 1000),
+                ..TIMING
+            },
+            &clock,
+        );
         clock.advance(MS * 2000);
         assert!(matches!(state.next_action(clock.now()), Action::Sleep(due) if due == MS * 2250));
         state.progress(clock.now());

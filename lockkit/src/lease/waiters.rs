@@ -1,16 +1,17 @@
 //! The queue of the threads of this process that wait for one lease, first come, first served.
 //!
-//! Only the first thread of the queue asks the store; the others sleep until they are first. So the store serves one
-//! waiter per process, and a release wakes one thread.
+//! Only the first thread of the queue asks the store; the others sleep until they are first. So the
+//! store serves one waiter per process, and a release wakes one thread.
 //!
 //! # Implementation
-//! A thread joins the queue if the lease is held, or if the queue is not empty. It leaves the queue when it acquires
-//! the lease or gives up, and wakes the next thread. If the store fails for the first thread, the queue is dissolved:
-//! every thread asks the store for itself, so no thread waits for the failures of others. A thread without a free
-//! descriptor for its event asks the store out of order.
+//! A thread joins the queue if the lease is held, or if the queue is not empty. It leaves the queue
+//! when it acquires the lease or gives up, and wakes the next thread. If the store fails for the
+//! first thread, the queue is dissolved: every thread asks the store for itself, so no thread waits
+//! for the failures of others. A thread without a free descriptor for its event asks the store out
+//! of order.
 //!
-//! A forked child has an empty queue. The mutex is the standard library's: parking_lot keeps a process-wide table that
-//! a fork can leave locked.
+//! A forked child has an empty queue. The mutex is the standard library's: parking_lot keeps a
+//! process-wide table that a fork can leave locked.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -24,8 +25,9 @@ use crate::sys::event::Event;
 use crate::sys::fd::{AsFd, BorrowedFd};
 use crate::sys::process_local::ProcessLocal;
 
-/// Identifies a queue: the leases of one record that are acquired by the same rules. A thread relies on the first
-/// thread, which must therefore judge the lease, repeat its requests and fail as the thread itself would.
+/// Identifies a queue: the leases of one record that are acquired by the same rules. A thread
+/// relies on the first thread, which must therefore judge the lease, repeat its requests and fail
+/// as the thread itself would.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct QueueKey {
     pub(super) record: RecordId,
@@ -56,7 +58,8 @@ struct Queue {
 }
 
 struct Entry {
-    /// Set when this waiter becomes first, or the queue is dissolved. A waiter that joins an empty queue needs none.
+    /// Set when this waiter becomes first, or the queue is dissolved. A waiter that joins an empty
+    /// queue needs none.
     event: Option<Event>,
 }
 
@@ -73,7 +76,10 @@ type Queues = HashMap<QueueKey, Queue>;
 fn queues() -> MutexGuard<'static, Queues> {
     static QUEUES: ProcessLocal<Mutex<Queues>> = ProcessLocal::new();
     // A panic leaves no partial change in here.
-    QUEUES.get_or_make(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
+    QUEUES
+        .get_or_make(Mutex::default)
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
 }
 
 impl QueueKey {
@@ -102,10 +108,17 @@ impl QueueKey {
     pub(super) fn join(&self) -> io::Result<Waiter> {
         let mut queues = queues();
         let queue = queues.entry(self.clone()).or_default();
-        let event = if queue.waiters.is_empty() { None } else { Some(Event::new()?) };
+        let event = if queue.waiters.is_empty() {
+            None
+        } else {
+            Some(Event::new()?)
+        };
         let entry = Arc::new(Entry { event });
         queue.waiters.push_back(entry.clone());
-        Ok(Waiter { key: self.clone(), entry })
+        Ok(Waiter {
+            key: self.clone(),
+            entry,
+        })
     }
 }
 
@@ -124,15 +137,23 @@ impl Waiter {
             .is_some_and(|first| Arc::ptr_eq(first, &self.entry))
     }
 
-    /// Returns a descriptor that is readable when this thread becomes first, or the queue is dissolved.
+    /// Returns a descriptor that is readable when this thread becomes first, or the queue is
+    /// dissolved.
     pub(super) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         self.entry.event.as_ref().map(|event| event.as_fd())
     }
 
     /// Dissolves the queue if this thread is first: every thread asks the store for itself.
     pub(super) fn dissolve(self) {
-        let queue = if self.is_first() { queues().remove(&self.key) } else { None };
-        queue.into_iter().flat_map(|queue| queue.waiters).for_each(|entry| entry.wake());
+        let queue = if self.is_first() {
+            queues().remove(&self.key)
+        } else {
+            None
+        };
+        queue
+            .into_iter()
+            .flat_map(|queue| queue.waiters)
+            .for_each(|entry| entry.wake());
     }
 }
 
@@ -140,8 +161,16 @@ impl Drop for Waiter {
     fn drop(&mut self) {
         let mut queues = queues();
         // After the queue was dissolved there may be a new one without this thread.
-        let Some(queue) = queues.get_mut(&self.key) else { return };
-        let Some(at) = queue.waiters.iter().position(|entry| Arc::ptr_eq(entry, &self.entry)) else { return };
+        let Some(queue) = queues.get_mut(&self.key) else {
+            return;
+        };
+        let Some(at) = queue
+            .waiters
+            .iter()
+            .position(|entry| Arc::ptr_eq(entry, &self.entry))
+        else {
+            return;
+        };
         queue.waiters.remove(at);
         match queue.waiters.front() {
             None => _ = queues.remove(&self.key),
@@ -157,8 +186,16 @@ mod tests {
     use crate::sys::event;
 
     fn key(path: &str) -> QueueKey {
-        let record = RecordId::File { path: path.into(), damage_timeout: Duration::from_secs(2) };
-        QueueKey { record, clock: Ok(1), retry_delay: Duration::from_millis(25), retry_limit: 4 }
+        let record = RecordId::File {
+            path: path.into(),
+            damage_timeout: Duration::from_secs(2),
+        };
+        QueueKey {
+            record,
+            clock: Ok(1),
+            retry_delay: Duration::from_millis(25),
+            retry_limit: 4,
+        }
     }
 
     fn is_woken(waiter: &Waiter) -> bool {
@@ -173,7 +210,10 @@ mod tests {
         assert!(first.is_first() && first.as_fd().is_none() && key.has_waiters());
         assert!(!second.is_first() && !is_woken(&second));
         drop(third);
-        assert!(!is_woken(&second) && !is_woken(&fourth), "giving up wakes no other waiter");
+        assert!(
+            !is_woken(&second) && !is_woken(&fourth),
+            "giving up wakes no other waiter"
+        );
         drop(first);
         assert!(second.is_first() && is_woken(&second) && !is_woken(&fourth));
         drop(second);
@@ -187,7 +227,13 @@ mod tests {
         let one = key("one");
         let _waiter = one.join().unwrap();
         assert!(!key("other").has_waiters());
-        assert!(!QueueKey { clock: Err(1), ..one.clone() }.has_waiters());
+        assert!(
+            !QueueKey {
+                clock: Err(1),
+                ..one.clone()
+            }
+            .has_waiters()
+        );
         assert!(key("one").has_waiters());
     }
 

@@ -13,20 +13,22 @@ use crate::base::lock_info::LockInfo;
 use crate::sys::failpoint::step;
 use crate::sys::files::{self, DirBuilderExt};
 
-/// A table of locks as files in a directory, for the processes of one machine. A clone is another handle on it.
+/// A table of locks as files in a directory, for the processes of one machine. A clone is another
+/// handle on it.
 ///
-/// For systems without shared memory, or for a few locks that should be visible in the file system. Only the file
-/// system limits the number of locks. A lock costs a few microseconds, and a [`ShmLockManager`](crate::ShmLockManager)
-/// lock nanoseconds. Do not use it on a file system that several machines share. Only the managers of the table should
-/// touch the directory, which belongs to one user.
+/// For systems without shared memory, or for a few locks that should be visible in the file system.
+/// Only the file system limits the number of locks. A lock costs a few microseconds, and a
+/// [`ShmLockManager`](crate::ShmLockManager) lock nanoseconds. Do not use it on a file system that
+/// several machines share. Only the managers of the table should touch the directory, which belongs
+/// to one user.
 ///
-/// Each held lock takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for the next time: keep
-/// numbers rather than thousands of handles.
+/// Each held lock takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for
+/// the next time: keep numbers rather than thousands of handles.
 ///
-/// A process that is stopped while it allocates or frees blocks all other allocations and frees, and releases of freed
-/// locks, until it continues or dies. Freeing a lock whose owner died in it discards the report of that death.
-/// [`held`](LockManager::held) uses the records of the owners. Two kinds of owners stay listed until the next owner
-/// comes:
+/// A process that is stopped while it allocates or frees blocks all other allocations and frees,
+/// and releases of freed locks, until it continues or dies. Freeing a lock whose owner died in it
+/// discards the report of that death. [`held`](LockManager::held) uses the records of the owners.
+/// Two kinds of owners stay listed until the next owner comes:
 /// - An owner that has executed another program (exec), which ended its hold.
 /// - An owner that died in another pid namespace.
 ///
@@ -45,14 +47,18 @@ use crate::sys::files::{self, DirBuilderExt};
 pub struct FileLockManager(Arc<Directory>);
 
 impl FileLockManager {
-    /// Creates the directory `directory`, which must not exist yet, with mode 0700, and a table in it.
+    /// Creates the directory `directory`, which must not exist yet, with mode 0700, and a table in
+    /// it.
     ///
     /// # Errors
     /// [`Io`](ErrorKind::Io) if the path exists (`AlreadyExists`), or a system call fails.
     pub fn create(directory: impl AsRef<Path>) -> Result<Self> {
         let directory = directory.as_ref();
         let failed = |error| Error::io("create", directory, error);
-        fs::DirBuilder::new().mode(0o700).create(directory).map_err(failed)?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(directory)
+            .map_err(failed)?;
         step("directory made");
         // The umask belongs to the program, so the mode is set here.
         files::set_directory_mode(directory, 0o700).map_err(failed)?;
@@ -64,8 +70,8 @@ impl FileLockManager {
     ///
     /// # Errors
     /// - [`Io`](ErrorKind::Io) if there is no such directory, or a system call fails.
-    /// - [`LayoutMismatch`](ErrorKind::LayoutMismatch) if the directory contains anything other than a table of this
-    ///   version. An empty directory becomes a table.
+    /// - [`LayoutMismatch`](ErrorKind::LayoutMismatch) if the directory contains anything other
+    ///   than a table of this version. An empty directory becomes a table.
     /// - [`ForeignOwner`](ErrorKind::ForeignOwner) if it belongs to another user, other than root.
     /// - [`Insecure`](ErrorKind::Insecure) if other users can create files in it.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
@@ -89,7 +95,12 @@ impl LockManager for FileLockManager {
             Some(id) => Ok(ManagedLock(Handle::File(self.0.lock(id)))),
             None => {
                 let table = format!("the lock table {}", self.path().display());
-                Err(ErrorKind::Exhausted { table, capacity: u32::MAX, allocated: u32::MAX }.into())
+                Err(ErrorKind::Exhausted {
+                    table,
+                    capacity: u32::MAX,
+                    allocated: u32::MAX,
+                }
+                .into())
             }
         }
     }
@@ -102,7 +113,10 @@ impl LockManager for FileLockManager {
         let lock = self.0.lock(id);
         match self.0.allocate_at(id)? {
             true => Ok(ManagedLock(Handle::File(lock))),
-            false => Err(ErrorKind::AlreadyAllocated { lock: lock.describe() }.into()),
+            false => Err(ErrorKind::AlreadyAllocated {
+                lock: lock.describe(),
+            }
+            .into()),
         }
     }
 

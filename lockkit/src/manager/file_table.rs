@@ -5,13 +5,14 @@
 //!             and each free
 //! 17.lock     lock 17: its holder (see [`holder_record`]), and behind that whether it is allocated
 //! ```
-//! A process holds lock 17 if it holds flock on the file `17.lock`. A byte in the file says whether the lock is
-//! allocated, so a freed lock still has its file as long as it is held. A process removes a file only if it holds both
-//! the file and `next`, and only if the number is not allocated. So the path leads to the same file for every process.
-//! If a file is removed while a process waits for it, the waiter notices and starts again ([`FileLock`]).
+//! A process holds lock 17 if it holds flock on the file `17.lock`. A byte in the file says whether
+//! the lock is allocated, so a freed lock still has its file as long as it is held. A process
+//! removes a file only if it holds both the file and `next`, and only if the number is not
+//! allocated. So the path leads to the same file for every process. If a file is removed while a
+//! process waits for it, the waiter notices and starts again ([`FileLock`]).
 //!
-//! Locking a freed number creates a file that is not allocated, and the release removes it. A process that is killed in
-//! between leaves the file to the next user of the number.
+//! Locking a freed number creates a file that is not allocated, and the release removes it. A
+//! process that is killed in between leaves the file to the next user of the number.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -40,8 +41,8 @@ pub(super) struct Directory {
     path: PathBuf,
     /// Held during each allocation and each free.
     next: FileLock,
-    /// The locks that this process holds through this manager. They are here and not in the guards, so that `unlock`
-    /// finds them. The mutex is locked with forks held off.
+    /// The locks that this process holds through this manager. They are here and not in the guards,
+    /// so that `unlock` finds them. The mutex is locked with forks held off.
     held: Mutex<HeldFiles>,
 }
 
@@ -93,7 +94,11 @@ impl Directory {
     /// As [`FileLockManager::open`](super::FileLockManager::open).
     pub(super) fn open(path: PathBuf) -> Result<Self> {
         let next = FileLock::own(path.join("next"), 0o600);
-        let directory = Self { path, next, held: Mutex::default() };
+        let directory = Self {
+            path,
+            next,
+            held: Mutex::default(),
+        };
         directory.check()?;
         Ok(directory)
     }
@@ -108,8 +113,8 @@ impl Directory {
         let first = read_next(next.file());
         for id in (first..=u32::MAX).chain(0..first) {
             if self.claim(id)? {
-                // The number is allocated in any case. If this write fails, the next allocation only searches a little
-                // longer.
+                // The number is allocated in any case. If this write fails, the next allocation
+                // only searches a little longer.
                 let _ = self.write_next(next.file(), id.wrapping_add(1));
                 return Ok(Some(id));
             }
@@ -125,7 +130,11 @@ impl Directory {
 
     /// Returns the lock with the number `id`.
     pub(super) fn lock(self: &Arc<Self>, id: u32) -> TableFileLock {
-        TableFileLock { directory: self.clone(), id, file: FileLock::own(self.file(id), 0o600) }
+        TableFileLock {
+            directory: self.clone(),
+            id,
+            file: FileLock::own(self.file(id), 0o600),
+        }
     }
 
     /// Frees every number.
@@ -141,20 +150,36 @@ impl Directory {
         self.path.join(format!("{id}.lock"))
     }
 
-    /// Checks the directory before anything in it is changed. Creates a table in an empty directory, which a killed
-    /// `create` leaves.
+    /// Checks the directory before anything in it is changed. Creates a table in an empty
+    /// directory, which a killed `create` leaves.
     fn check(&self) -> Result<()> {
         let failed = |error| Error::io("open", &self.path, error);
         let found = files::metadata(&self.path).map_err(failed)?;
         if found.uid() != 0 && !runtime_dir::is_own_at(&self.path, &found) {
             let lock = format!("the lock table {}", self.path.display());
-            return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
+            return Err(ErrorKind::ForeignOwner {
+                lock,
+                uid: found.uid(),
+                pid: None,
+            }
+            .into());
         }
         if files::is_writable_by_others(&found) {
-            let problem = "others than its owner may write to it; take that permission away (mode 0700)";
-            return Err(ErrorKind::Insecure { path: self.path.clone(), problem }.into());
+            let problem =
+                "others than its owner may write to it; take that permission away (mode 0700)";
+            return Err(ErrorKind::Insecure {
+                path: self.path.clone(),
+                problem,
+            }
+            .into());
         }
-        let mismatch = |problem| Err(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }.into());
+        let mismatch = |problem| {
+            Err(ErrorKind::LayoutMismatch {
+                path: self.path.clone(),
+                problem,
+            }
+            .into())
+        };
         let is_made = || File::open(self.path.join("next")).is_ok_and(|next| is_table(&next));
         if is_made() {
             return Ok(());
@@ -179,7 +204,10 @@ impl Directory {
         let mut ids = Vec::new();
         for entry in fs::read_dir(&self.path).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
-            ids.extend(name.to_str().and_then(|name| name.strip_suffix(".lock")?.parse::<u32>().ok()));
+            ids.extend(
+                name.to_str()
+                    .and_then(|name| name.strip_suffix(".lock")?.parse::<u32>().ok()),
+            );
         }
         ids.sort_unstable();
         Ok(ids)
@@ -200,7 +228,12 @@ impl Directory {
         let path = self.file(id);
         let failed = |error| Error::io("allocate", &path, error);
         let mut options = File::options();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600);
         options.custom_flags(files::NOFOLLOW | files::NOCTTY);
         let file = files::open(&options, &path).map_err(failed)?;
         step("lock file made");
@@ -210,7 +243,8 @@ impl Directory {
         // The umask belongs to the program, so the mode is set here.
         files::set_mode(&file, 0o600).map_err(failed)?;
         step("mode of the lock file set");
-        file.write_all_at(&[ALLOCATED], ALLOCATED_AT).map_err(failed)?;
+        file.write_all_at(&[ALLOCATED], ALLOCATED_AT)
+            .map_err(failed)?;
         step("marked allocated");
         Ok(true)
     }
@@ -243,10 +277,24 @@ impl TableFileLock {
         let mut held = self.directory.held.lock();
         held.acquisitions += 1;
         let acquisition = held.acquisitions;
-        // A forked child may have inherited an entry of its parent here. It is closed after forks are allowed again.
-        let inherited = held.guards.insert(self.id, Entry { guard, acquisition, process: ProcessId::current() });
+        // A forked child may have inherited an entry of its parent here. It is closed after forks
+        // are allowed again.
+        let inherited = held.guards.insert(
+            self.id,
+            Entry {
+                guard,
+                acquisition,
+                process: ProcessId::current(),
+            },
+        );
         drop((held, no_fork, inherited));
-        Ok((TableFileHold { lock: self.clone(), acquisition }, recovered))
+        Ok((
+            TableFileHold {
+                lock: self.clone(),
+                acquisition,
+            },
+            recovered,
+        ))
     }
 
     pub(super) fn unlock(&self) -> Result<()> {
@@ -263,14 +311,18 @@ impl TableFileLock {
         };
         drop((held, no_fork));
         let Some(Entry { mut guard, .. }) = entry else {
-            return Err(ErrorKind::NotLocked { lock: self.describe() }.into());
+            return Err(ErrorKind::NotLocked {
+                lock: self.describe(),
+            }
+            .into());
         };
         guard.write(|file| {
             file.clear();
             step("record cleared");
         })?;
-        // Checked after the unlock: a process that frees the number later finds the file unlocked and removes it; a
-        // process that freed the number before has left the removal to this process.
+        // Checked after the unlock: a process that frees the number later finds the file unlocked
+        // and removes it; a process that freed the number before has left the removal to this
+        // process.
         let allocated = guard.release_and(is_allocated)?;
         if !allocated {
             let _next = self.directory.next.lock()?;
@@ -283,7 +335,10 @@ impl TableFileLock {
         let _next = self.directory.next.lock()?;
         match self.free_locked()? {
             true => Ok(()),
-            false => Err(ErrorKind::NotAllocated { lock: self.describe() }.into()),
+            false => Err(ErrorKind::NotAllocated {
+                lock: self.describe(),
+            }
+            .into()),
         }
     }
 
@@ -305,8 +360,8 @@ impl TableFileLock {
         Ok(was)
     }
 
-    /// Removes the file unless it is allocated or held. A holder does this after its release. The caller must hold
-    /// `next`.
+    /// Removes the file unless it is allocated or held. A holder does this after its release. The
+    /// caller must hold `next`.
     fn remove_if_free(&self) -> Result<()> {
         let path = self.file.path();
         // Locking the file would create it. No other process can remove it meanwhile.
@@ -314,7 +369,8 @@ impl TableFileLock {
             return Ok(());
         }
         match self.file.try_lock() {
-            // This also discards the record of a dead owner: it does not concern the next user of the number.
+            // This also discards the record of a dead owner: it does not concern the next user of
+            // the number.
             Ok(guard) if !is_allocated(guard.file()) => {
                 fs::remove_file(path).map_err(|error| Error::io("remove", path, error))?;
                 step("lock file removed");
@@ -328,18 +384,26 @@ impl TableFileLock {
 
 impl Hold for TableFileHold {
     fn release(&mut self) -> Result<()> {
-        self.lock.release(|entry| entry.acquisition == self.acquisition)
+        self.lock
+            .release(|entry| entry.acquisition == self.acquisition)
     }
 }
 
 impl LockInfo for TableFileLock {
     fn describe(&self) -> String {
-        format!("lock {} of the lock table {}", self.id, self.directory.path.display())
+        format!(
+            "lock {} of the lock table {}",
+            self.id,
+            self.directory.path.display()
+        )
     }
 
     #[cfg(feature = "tracing")]
     fn label(&self) -> (&'static str, String) {
-        ("directory", format!("{}#{}", self.directory.path.display(), self.id))
+        (
+            "directory",
+            format!("{}#{}", self.directory.path.display(), self.id),
+        )
     }
 
     fn holder(&self) -> Option<Owner> {

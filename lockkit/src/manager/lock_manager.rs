@@ -6,8 +6,8 @@ use crate::base::owner::Owner;
 
 /// A table of numbered locks, from 0 on, which allocates and frees them.
 ///
-/// Modelled on podman's [libpod/lock]: a number is allocated for an object and stored with it. Every process that works
-/// on the object retrieves the lock by that number.
+/// Modelled on podman's [libpod/lock]: a number is allocated for an object and stored with it.
+/// Every process that works on the object retrieves the lock by that number.
 ///
 /// ```
 /// use lockkit::{InMemoryLockManager, LockManager};
@@ -28,17 +28,19 @@ pub trait LockManager: Send + Sync {
     /// Allocates a free lock, with its new number.
     ///
     /// # Errors
-    /// [`Exhausted`](crate::ErrorKind::Exhausted) if all are allocated, and the errors of the manager.
+    /// [`Exhausted`](crate::ErrorKind::Exhausted) if all are allocated, and the errors of the
+    /// manager.
     fn allocate(&self) -> Result<ManagedLock>;
 
     /// Returns the lock with the number `id`: the same lock for every process, allocated or not.
     ///
     /// # Errors
-    /// [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table, and the errors of the manager.
+    /// [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table, and the errors of
+    /// the manager.
     fn retrieve(&self, id: u32) -> Result<ManagedLock>;
 
-    /// Allocates the lock with the number `id`, for programs that have stored numbers and begin with a new table, for
-    /// example after a restart.
+    /// Allocates the lock with the number `id`, for programs that have stored numbers and begin
+    /// with a new table, for example after a restart.
     ///
     /// # Errors
     /// - [`AlreadyAllocated`](crate::ErrorKind::AlreadyAllocated) if it was allocated.
@@ -46,18 +48,20 @@ pub trait LockManager: Send + Sync {
     /// - The errors of the manager.
     fn allocate_at(&self, id: u32) -> Result<ManagedLock>;
 
-    /// Returns how many locks are left to allocate, and `None` without a limit. The result is a snapshot.
+    /// Returns how many locks are left to allocate, and `None` without a limit. The result is a
+    /// snapshot.
     ///
-    /// The call reads a counter and scans nothing. There is one exception: the first call after a process has begun to
-    /// use a table in shared memory recounts. Until then, a process killed during an allocation leaves the counter
-    /// wrong by one.
+    /// The call reads a counter and scans nothing. There is one exception: the first call after a
+    /// process has begun to use a table in shared memory recounts. Until then, a process killed
+    /// during an allocation leaves the counter wrong by one.
     ///
     /// # Errors
     /// The errors of the manager.
     fn available(&self) -> Result<Option<u32>>;
 
-    /// Returns the locks that are held now, by number. The call never waits for any of them. While other processes
-    /// work, the list is not a snapshot of one moment: each entry was true at some time during the call.
+    /// Returns the locks that are held now, by number. The call never waits for any of them. While
+    /// other processes work, the list is not a snapshot of one moment: each entry was true at some
+    /// time during the call.
     ///
     /// # Errors
     /// The errors of the manager.
@@ -65,9 +69,10 @@ pub trait LockManager: Send + Sync {
 
     /// Frees every lock.
     ///
-    /// Dangerous: a process that has stored a number continues to use it, while the next allocation gives it to another
-    /// process. Call it only from a program that runs alone, and that then allocates all stored numbers again
-    /// ([`allocate_at`](Self::allocate_at)). Held locks stay held.
+    /// Dangerous: a process that has stored a number continues to use it, while the next allocation
+    /// gives it to another process. Call it only from a program that runs alone, and that then
+    /// allocates all stored numbers again ([`allocate_at`](Self::allocate_at)). Held locks stay
+    /// held.
     ///
     /// # Errors
     /// The errors of the manager.

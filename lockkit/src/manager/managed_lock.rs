@@ -1,7 +1,7 @@
 //! A numbered lock of any manager, and its guard.
 //!
-//! The guard is small and moves by value: in shared memory a lock changes hands in nanoseconds. A guard with a report, of
-//! a file, or of an acquisition that tracing saw is boxed.
+//! The guard is small and moves by value: in shared memory a lock changes hands in nanoseconds. A
+//! guard with a report, of a file, or of an acquisition that tracing saw is boxed.
 
 use std::fmt;
 
@@ -21,9 +21,9 @@ use crate::sys::fork::ProcessId;
 
 /// A lock of a [`LockManager`](crate::LockManager). A clone is another handle on the same lock.
 ///
-/// Not reentrant: locking twice from the same thread deadlocks. Not strictly fair: an acquisition may barge, that is
-/// overtake waiters. In shared memory the wait of an overtaken waiter is bounded; in a directory and in memory it is
-/// not.
+/// Not reentrant: locking twice from the same thread deadlocks. Not strictly fair: an acquisition
+/// may barge, that is overtake waiters. In shared memory the wait of an overtaken waiter is
+/// bounded; in a directory and in memory it is not.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -46,11 +46,12 @@ pub(super) enum Handle {
     Memory(MemoryLock),
 }
 
-/// The part of a guard that a drop releases. Each variant does so in its own drop, so that a guard can be destructured.
+/// The part of a guard that a drop releases. Each variant does so in its own drop, so that a guard
+/// can be destructured.
 #[derive(Debug)]
 enum GuardHold {
-    /// In shared memory, without a dead predecessor. It is small, because a guard is moved while others wait for its
-    /// lock.
+    /// In shared memory, without a dead predecessor. It is small, because a guard is moved while
+    /// others wait for its lock.
     Inline(ShmHold),
     Boxed(Box<dyn BoxedHold>),
 }
@@ -65,13 +66,18 @@ trait BoxedHold: fmt::Debug + Send + Sync {
 struct ReportingHold<H: Hold> {
     hold: H,
     recovered: Option<Box<Recovered>>,
-    /// Identifies the process that holds the lock, because a forked child has a copy; `None` after the release.
+    /// Identifies the process that holds the lock, because a forked child has a copy; `None` after
+    /// the release.
     process: Option<ProcessId>,
 }
 
 impl<H: Hold + 'static> ReportingHold<H> {
     fn boxed((hold, recovered): (H, Option<Box<Recovered>>)) -> GuardHold {
-        GuardHold::Boxed(Box::new(Self { hold, recovered, process: Some(ProcessId::current()) }))
+        GuardHold::Boxed(Box::new(Self {
+            hold,
+            recovered,
+            process: Some(ProcessId::current()),
+        }))
     }
 }
 
@@ -101,7 +107,8 @@ impl<H: Hold> BoxedHold for ReportingHold<H> {
 struct Traced {
     lock: ManagedLock,
     guard: ManagedGuard,
-    /// Identifies the process that holds the lock, because a forked child has a copy; `None` after the release.
+    /// Identifies the process that holds the lock, because a forked child has a copy; `None` after
+    /// the release.
     process: Option<ProcessId>,
 }
 
@@ -137,8 +144,8 @@ impl ManagedLock {
         }
     }
 
-    /// Frees the number, so that it can be allocated again, whether the lock is held or not. The lock itself continues
-    /// to work for processes that still use it.
+    /// Frees the number, so that it can be allocated again, whether the lock is held or not. The
+    /// lock itself continues to work for processes that still use it.
     ///
     /// # Errors
     /// - [`NotAllocated`](crate::ErrorKind::NotAllocated) if it is not allocated.
@@ -158,7 +165,8 @@ impl ManagedLock {
     ///   [`Cancelled`](crate::ErrorKind::Cancelled), as `wait` says.
     /// - [`Io`](crate::ErrorKind::Io) if a system call fails.
     ///
-    /// A forked child opens a shared table again when it first acquires a lock. That adds these errors:
+    /// A forked child opens a shared table again when it first acquires a lock. That adds these
+    /// errors:
     /// - [`TooManyProcesses`](crate::ErrorKind::TooManyProcesses) if the table has no free slot.
     /// - [`RogueDeletion`](crate::ErrorKind::RogueDeletion) if the table's file was replaced.
     /// - [`Io`](crate::ErrorKind::Io) if it was deleted or the process may no longer open it.
@@ -170,8 +178,8 @@ impl ManagedLock {
                 return Ok(ManagedGuard(GuardHold::Inline(hold)));
             }
         }
-        // Destructured and rebuilt, so that the result above need not be built at the place where this writes its
-        // result.
+        // Destructured and rebuilt, so that the result above need not be built at the place where
+        // this writes its result.
         #[allow(clippy::needless_match)]
         match self.acquire_traced(wait) {
             Ok(ManagedGuard(GuardHold::Inline(hold))) => Ok(ManagedGuard(GuardHold::Inline(hold))),
@@ -189,7 +197,8 @@ impl ManagedLock {
     #[cfg(feature = "tokio")]
     async fn take_async(&self, wait: &Wait) -> Result<ManagedGuard> {
         let lock = self.clone();
-        let taking = blocking::at_once_or_on_a_thread(wait, self.info(), move |wait| lock.take(wait));
+        let taking =
+            blocking::at_once_or_on_a_thread(wait, self.info(), move |wait| lock.take(wait));
         telemetry::acquire_async(self.info(), taking).await
     }
 
@@ -206,7 +215,11 @@ impl ManagedLock {
         // So a release without tracing has nothing to check.
         #[cfg(feature = "tracing")]
         if telemetry::is_on() {
-            let traced = Traced { lock: self.clone(), guard, process: Some(ProcessId::current()) };
+            let traced = Traced {
+                lock: self.clone(),
+                guard,
+                process: Some(ProcessId::current()),
+            };
             return Ok(ManagedGuard(GuardHold::Boxed(Box::new(traced))));
         }
         Ok(guard)
@@ -224,16 +237,19 @@ impl ManagedLock {
         }
     }
 
-    /// Releases a lock that this process holds and whose guard it gave to [`std::mem::forget`]. It is for programs that
-    /// offer `lock` and `unlock` to others and cannot keep a guard in between. All other programs drop the guard.
+    /// Releases a lock that this process holds and whose guard it gave to [`std::mem::forget`]. It
+    /// is for programs that offer `lock` and `unlock` to others and cannot keep a guard in between.
+    /// All other programs drop the guard.
     ///
-    /// A guard that still exists releases nothing after this. Do not call this while another thread drops the guard: in
-    /// shared memory one of the two might release what a third thread has just acquired.
+    /// A guard that still exists releases nothing after this. Do not call this while another thread
+    /// drops the guard: in shared memory one of the two might release what a third thread has just
+    /// acquired.
     ///
     /// # Errors
     /// [`NotLocked`](crate::ErrorKind::NotLocked) if this process does not hold the lock. With a
-    /// [`FileLockManager`](crate::FileLockManager) or an [`InMemoryLockManager`](crate::InMemoryLockManager) also if the
-    /// lock was not acquired through this manager or a clone of it.
+    /// [`FileLockManager`](crate::FileLockManager) or an
+    /// [`InMemoryLockManager`](crate::InMemoryLockManager) also if the lock was not acquired
+    /// through this manager or a clone of it.
     ///
     /// ```
     /// use lockkit::{InMemoryLockManager, LockManager};
@@ -272,18 +288,20 @@ impl ManagedGuard {
     /// Releases the lock now and returns any failure.
     ///
     /// # Errors
-    /// - [`NotLocked`](crate::ErrorKind::NotLocked) if [`ManagedLock::unlock`] has already released the lock.
-    /// - [`Io`](crate::ErrorKind::Io) from a [`FileLockManager`](crate::FileLockManager) if a system call fails.
+    /// - [`NotLocked`](crate::ErrorKind::NotLocked) if [`ManagedLock::unlock`] has already released
+    ///   the lock.
+    /// - [`Io`](crate::ErrorKind::Io) from a [`FileLockManager`](crate::FileLockManager) if a
+    ///   system call fails.
     pub fn release(mut self) -> Result<()> {
         self.release_once()
     }
 
-    /// Returns a report, with the previous owner, if that owner died while it held the lock. Every death is reported,
-    /// however the lock was acquired. The owner is unknown only if its slot in the table was given to another process
-    /// in between, or if its record is damaged.
+    /// Returns a report, with the previous owner, if that owner died while it held the lock. Every
+    /// death is reported, however the lock was acquired. The owner is unknown only if its slot in
+    /// the table was given to another process in between, or if its record is damaged.
     ///
-    /// With an [`InMemoryLockManager`](crate::InMemoryLockManager) the result is always `None`, because no holder can
-    /// die.
+    /// With an [`InMemoryLockManager`](crate::InMemoryLockManager) the result is always `None`,
+    /// because no holder can die.
     pub fn recovered(&self) -> Option<&Recovered> {
         match &self.0 {
             GuardHold::Inline(_) => None,

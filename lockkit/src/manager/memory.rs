@@ -8,8 +8,8 @@ use super::memory_table::{DESCRIPTION, Memory, MemoryLock};
 use crate::base::error::{ErrorKind, Result};
 use crate::base::lock_info::LockInfo;
 
-/// A table of locks inside one process, for tests of programs that use the other managers. It excludes threads, not
-/// processes. A clone is another handle on the same table.
+/// A table of locks inside one process, for tests of programs that use the other managers. It
+/// excludes threads, not processes. A clone is another handle on the same table.
 ///
 /// ```
 /// use lockkit::{InMemoryLockManager, LockManager};
@@ -31,7 +31,11 @@ impl InMemoryLockManager {
     /// [`InvalidCapacity`](ErrorKind::InvalidCapacity) for 0.
     pub fn new(capacity: u32) -> Result<Self> {
         match capacity {
-            0 => Err(ErrorKind::InvalidCapacity { capacity, most: u32::MAX }.into()),
+            0 => Err(ErrorKind::InvalidCapacity {
+                capacity,
+                most: u32::MAX,
+            }
+            .into()),
             _ => Ok(Self(Arc::new(Memory::new(capacity)))),
         }
     }
@@ -43,7 +47,12 @@ impl InMemoryLockManager {
     fn check(&self, id: u32) -> Result<()> {
         match self.0.capacity {
             capacity if id < capacity => Ok(()),
-            capacity => Err(ErrorKind::NoSuchLock { table: DESCRIPTION.to_owned(), id, capacity }.into()),
+            capacity => Err(ErrorKind::NoSuchLock {
+                table: DESCRIPTION.to_owned(),
+                id,
+                capacity,
+            }
+            .into()),
         }
     }
 }
@@ -54,7 +63,12 @@ impl LockManager for InMemoryLockManager {
         let free = (state.hint..self.0.capacity).find(|id| !state.allocated.contains(id));
         let Some(id) = free else {
             let (capacity, allocated) = (self.0.capacity, state.allocated.len() as u32);
-            return Err(ErrorKind::Exhausted { table: DESCRIPTION.to_owned(), capacity, allocated }.into());
+            return Err(ErrorKind::Exhausted {
+                table: DESCRIPTION.to_owned(),
+                capacity,
+                allocated,
+            }
+            .into());
         };
         state.allocated.insert(id);
         state.hint = id + 1;
@@ -71,17 +85,29 @@ impl LockManager for InMemoryLockManager {
         let lock = self.lock(id);
         match self.0.state.lock().allocated.insert(id) {
             true => Ok(ManagedLock(Handle::Memory(lock))),
-            false => Err(ErrorKind::AlreadyAllocated { lock: lock.describe() }.into()),
+            false => Err(ErrorKind::AlreadyAllocated {
+                lock: lock.describe(),
+            }
+            .into()),
         }
     }
 
     fn available(&self) -> Result<Option<u32>> {
-        Ok(Some(self.0.capacity - self.0.state.lock().allocated.len() as u32))
+        Ok(Some(
+            self.0.capacity - self.0.state.lock().allocated.len() as u32,
+        ))
     }
 
     fn held(&self) -> Result<Vec<HeldLock>> {
         let state = self.0.state.lock();
-        Ok(state.held.iter().map(|(id, entry)| HeldLock { id: *id, owner: entry.owner.clone() }).collect())
+        Ok(state
+            .held
+            .iter()
+            .map(|(id, entry)| HeldLock {
+                id: *id,
+                owner: entry.owner.clone(),
+            })
+            .collect())
     }
 
     fn free_all(&self) -> Result<()> {

@@ -1,7 +1,8 @@
 //! A table of locks inside one process.
 //!
-//! One mutex guards the whole table, and one condition variable wakes all waiters of all locks. The manager is for
-//! tests of programs that use the other managers, so it is short, and has all their rules.
+//! One mutex guards the whole table, and one condition variable wakes all waiters of all locks. The
+//! manager is for tests of programs that use the other managers, so it is short, and has all their
+//! rules.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -44,13 +45,19 @@ pub(super) struct Entry {
 
 impl Memory {
     pub(super) fn new(capacity: u32) -> Self {
-        Self { capacity, state: Mutex::default(), released: Condvar::new() }
+        Self {
+            capacity,
+            state: Mutex::default(),
+            released: Condvar::new(),
+        }
     }
 }
 
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Memory").field("capacity", &self.capacity).finish_non_exhaustive()
+        f.debug_struct("Memory")
+            .field("capacity", &self.capacity)
+            .finish_non_exhaustive()
     }
 }
 
@@ -80,7 +87,10 @@ impl MemoryLock {
     pub(super) fn free(&self) -> Result<()> {
         let mut state = self.memory.state.lock();
         if !state.allocated.remove(&self.id) {
-            return Err(ErrorKind::NotAllocated { lock: self.describe() }.into());
+            return Err(ErrorKind::NotAllocated {
+                lock: self.describe(),
+            }
+            .into());
         }
         state.hint = state.hint.min(self.id);
         Ok(())
@@ -90,14 +100,19 @@ impl MemoryLock {
         /// The longest sleep of a waiter before it checks its token again.
         const MAX_SLEEP: Duration = Duration::from_secs(1);
         wait.check(self)?;
-        let owner = Owner { acquired: Some(process::cheap_time()), ..Owner::current() };
+        let owner = Owner {
+            acquired: Some(process::cheap_time()),
+            ..Owner::current()
+        };
         let mut state = self.memory.state.lock();
         if state.held.contains_key(&self.id) {
-            // Creating an error asks for the holder, which needs the mutex. So the mutex is unlocked here.
-            let wait_state = parking_lot::MutexGuard::unlocked(&mut state, || match wait.state_for(self) {
-                Some(wait_state) => Ok(wait_state),
-                None => Err(self.held()),
-            })?;
+            // Creating an error asks for the holder, which needs the mutex. So the mutex is
+            // unlocked here.
+            let wait_state =
+                parking_lot::MutexGuard::unlocked(&mut state, || match wait.state_for(self) {
+                    Some(wait_state) => Ok(wait_state),
+                    None => Err(self.held()),
+                })?;
             while state.held.contains_key(&self.id) {
                 match wait_state.portion(MAX_SLEEP) {
                     Ok(portion) => _ = self.memory.released.wait_for(&mut state, portion),
@@ -111,7 +126,10 @@ impl MemoryLock {
         state.acquisitions += 1;
         let acquisition = state.acquisitions;
         state.held.insert(self.id, Entry { owner, acquisition });
-        Ok(MemoryHold { lock: self.clone(), acquisition })
+        Ok(MemoryHold {
+            lock: self.clone(),
+            acquisition,
+        })
     }
 
     pub(super) fn unlock(&self) -> Result<()> {
@@ -121,7 +139,10 @@ impl MemoryLock {
     fn release(&self, which: impl FnOnce(&Entry) -> bool) -> Result<()> {
         let mut state = self.memory.state.lock();
         if !state.held.get(&self.id).is_some_and(which) {
-            return Err(ErrorKind::NotLocked { lock: self.describe() }.into());
+            return Err(ErrorKind::NotLocked {
+                lock: self.describe(),
+            }
+            .into());
         }
         state.held.remove(&self.id);
         self.memory.released.notify_all();
@@ -131,7 +152,8 @@ impl MemoryLock {
 
 impl Hold for MemoryHold {
     fn release(&mut self) -> Result<()> {
-        self.lock.release(|entry| entry.acquisition == self.acquisition)
+        self.lock
+            .release(|entry| entry.acquisition == self.acquisition)
     }
 }
 
@@ -146,6 +168,11 @@ impl LockInfo for MemoryLock {
     }
 
     fn holder(&self) -> Option<Owner> {
-        self.memory.state.lock().held.get(&self.id).map(|entry| entry.owner.clone())
+        self.memory
+            .state
+            .lock()
+            .held
+            .get(&self.id)
+            .map(|entry| entry.owner.clone())
     }
 }

@@ -1,15 +1,17 @@
 //! Tables of numbered locks.
 //!
-//! A [`LockManager`] allocates numbers; each is a [`ManagedLock`], the same for every process that retrieves it. Three
-//! managers have the same rules. `shm` is in shared memory, for thousands of fine-grained locks at nanoseconds each.
-//! `file` has a file for each lock, for use without shared memory. `memory` is inside one process, for tests.
+//! A [`LockManager`] allocates numbers; each is a [`ManagedLock`], the same for every process that
+//! retrieves it. Three managers have the same rules. `shm` is in shared memory, for thousands of
+//! fine-grained locks at nanoseconds each. `file` has a file for each lock, for use without shared
+//! memory. `memory` is inside one process, for tests.
 //!
-//! Allocation and locking are independent: a lock that is not allocated works all the same, because a process may still
-//! use a number that was freed.
+//! Allocation and locking are independent: a lock that is not allocated works all the same, because
+//! a process may still use a number that was freed.
 //!
 //! # Implementation
-//! `file_table`, `memory_table` and `shm/lock` have the locks of one manager each. `managed_lock` combines them into one
-//! type of lock and guard. `file`, `memory` and `shm/manager` have the managers, which return that type.
+//! `file_table`, `memory_table` and `shm/lock` have the locks of one manager each. `managed_lock`
+//! combines them into one type of lock and guard. `file`, `memory` and `shm/manager` have the
+//! managers, which return that type.
 
 mod file;
 mod file_table;

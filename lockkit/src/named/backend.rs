@@ -1,4 +1,5 @@
-//! The backends of named locks as one type: [`NamedState`] is a lock, and [`BackendHold`] a held one.
+//! The backends of named locks as one type: [`NamedState`] is a lock, and [`BackendHold`] a held
+//! one.
 
 #[cfg(unix)]
 use std::os::fd::OwnedFd;
@@ -45,8 +46,12 @@ pub(super) type Acquired = (BackendHold, Option<Box<Recovered>>);
 
 /// Returns the held locks of the native backend and of the file backend.
 pub(super) fn list(scope: Scope) -> Result<Vec<(Listed, Backend)>> {
-    let native = NativeLock::list(scope.sharing())?.into_iter().map(|listed| (listed, Backend::Auto));
-    let files = NamedFileLock::list(scope.sharing()).into_iter().map(|listed| (listed, Backend::File));
+    let native = NativeLock::list(scope.sharing())?
+        .into_iter()
+        .map(|listed| (listed, Backend::Auto));
+    let files = NamedFileLock::list(scope.sharing())
+        .into_iter()
+        .map(|listed| (listed, Backend::File));
     Ok(native.chain(files).collect())
 }
 
@@ -58,13 +63,21 @@ impl NamedState {
     pub(super) fn new(name: &str, scope: Scope, backend: Backend) -> Result<Self> {
         let sharing = scope.sharing();
         let unsupported = |what| Err(ErrorKind::Unsupported { what }.into());
-        let lock = match if backend == Backend::Auto { NATIVE } else { backend } {
+        let lock = match if backend == Backend::Auto {
+            NATIVE
+        } else {
+            backend
+        } {
             Backend::Auto | Backend::File => BackendLock::File(NamedFileLock::new(name, sharing)),
             native if native == NATIVE => BackendLock::Native(NativeLock::new(name, sharing)?),
             Backend::Socket => return unsupported("the socket backend of named locks"),
             Backend::Mutex => return unsupported("the mutex backend of named locks"),
         };
-        Ok(Self { name: name.to_owned(), scope, lock })
+        Ok(Self {
+            name: name.to_owned(),
+            scope,
+            lock,
+        })
     }
 
     pub(super) fn backend(&self) -> Backend {
@@ -108,10 +121,13 @@ impl NamedState {
         }
     }
 
-    /// Acquires like [`acquire`](Self::acquire), in a task. Returns `None` if only a thread can wait for this backend.
+    /// Acquires like [`acquire`](Self::acquire), in a task. Returns `None` if only a thread can
+    /// wait for this backend.
     #[cfg(all(feature = "tokio", target_os = "linux"))]
     pub(super) async fn acquire_async(&self, wait: &Wait) -> Option<Result<Acquired>> {
-        let BackendLock::Native(lock) = &self.lock else { return None };
+        let BackendLock::Native(lock) = &self.lock else {
+            return None;
+        };
         let acquired = lock.acquire_async(wait, self).await;
         Some(acquired.map(|(hold, recovered)| (BackendHold::Native(hold), recovered)))
     }
@@ -135,7 +151,9 @@ impl NamedState {
     pub(super) fn name_holder(&self, hold: Option<&BackendHold>, owner: &Owner) {
         match (&self.lock, hold) {
             (BackendLock::Native(lock), _) => lock.name_holder(owner),
-            (BackendLock::File(_), Some(BackendHold::File(file))) => holder_record::record_owner(file.file(), owner),
+            (BackendLock::File(_), Some(BackendHold::File(file))) => {
+                holder_record::record_owner(file.file(), owner)
+            }
             (BackendLock::File(_), _) => {}
         }
     }

@@ -31,40 +31,48 @@ pub struct NamedGuard {
 
 impl NamedGuard {
     pub(super) fn new(state: &Arc<NamedState>, (hold, recovered): Acquired) -> Self {
-        Self { state: state.clone(), hold: Some(hold), recovered, process: ProcessId::current() }
+        Self {
+            state: state.clone(),
+            hold: Some(hold),
+            recovered,
+            process: ProcessId::current(),
+        }
     }
 
     /// Releases the lock now and returns any failure.
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) if the program has closed the descriptor, and so released the lock earlier. With
-    /// the file backend also if the kernel refuses to unlock; the lock is released all the same.
+    /// [`Io`](crate::ErrorKind::Io) if the program has closed the descriptor, and so released the
+    /// lock earlier. With the file backend also if the kernel refuses to unlock; the lock is
+    /// released all the same.
     pub fn release(mut self) -> Result<()> {
         self.release_once()
     }
 
-    /// Returns a report if the previous owner died while it held the lock. The report names that owner, where it is
-    /// known.
+    /// Returns a report if the previous owner died while it held the lock. The report names that
+    /// owner, where it is known.
     ///
-    /// The file backend keeps the record in the lock file. It reports every death, with the owner, except for one
-    /// between the start of the machine and the first lock, or after the file was deleted.
+    /// The file backend keeps the record in the lock file. It reports every death, with the owner,
+    /// except for one between the start of the machine and the first lock, or after the file was
+    /// deleted.
     ///
-    /// The socket backend keeps the record in memory, below `/dev/shm`, or below `/tmp` where that cannot be used. It
-    /// reports every death, with the owner, as long as these conditions hold:
+    /// The socket backend keeps the record in memory, below `/dev/shm`, or below `/tmp` where that
+    /// cannot be used. It reports every death, with the owner, as long as these conditions hold:
     /// - Both processes see the same directory.
-    /// - The table of records is not deleted (systemd does that at a user's last logout, with `RemoveIPC`).
+    /// - The table of records is not deleted (systemd does that at a user's last logout, with
+    ///   `RemoveIPC`).
     /// - The records of thousands of other dead holders have not made room for new ones.
     ///
-    /// A process that cannot open the record reports no death, and its own death is not reported. This happens when
-    /// another user has occupied both directories, or without a free file descriptor. With [`Scope::Machine`] all users
-    /// can write the record, so it may be wrong.
+    /// A process that cannot open the record reports no death, and its own death is not reported.
+    /// This happens when another user has occupied both directories, or without a free file
+    /// descriptor. With [`Scope::Machine`] all users can write the record, so it may be wrong.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }
 
     /// Records another process as the holder, for a supervisor that acquires the lock for a child.
-    /// [`owner`](crate::NamedLock::owner) then returns that process. The guard stays here, and dropping it releases as
-    /// before.
+    /// [`owner`](crate::NamedLock::owner) then returns that process. The guard stays here, and
+    /// dropping it releases as before.
     ///
     /// ```no_run
     /// # use lockkit::{NamedLock, Owner};
@@ -81,9 +89,10 @@ impl NamedGuard {
         self.state.name_holder(self.hold.as_ref(), owner);
     }
 
-    /// Returns another descriptor of the lock, close-on-exec, which a forked child keeps. No other process can acquire
-    /// the lock as long as such a descriptor is open, even if this process is killed. Close all copies before the guard
-    /// is released: a release cannot close them, and the lock stays held.
+    /// Returns another descriptor of the lock, close-on-exec, which a forked child keeps. No other
+    /// process can acquire the lock as long as such a descriptor is open, even if this process is
+    /// killed. Close all copies before the guard is released: a release cannot close them, and the
+    /// lock stays held.
     ///
     /// ```
     /// use lockkit::NamedLock;
@@ -107,7 +116,9 @@ impl NamedGuard {
     }
 
     fn release_once(&mut self) -> Result<()> {
-        let Some(hold) = self.hold.take() else { return Ok(()) };
+        let Some(hold) = self.hold.take() else {
+            return Ok(());
+        };
         if !self.process.is_current() {
             return Ok(());
         }

@@ -1,11 +1,12 @@
 //! Named locks on Windows: a named mutex.
 //!
-//! A mutex belongs to the thread that acquired it, but a guard can move to another thread. So each hold has its own
-//! thread, which acquires the mutex, sleeps, and releases it. The thread also does the waiting, on the mutex, the
-//! cancel event and the limit; if the waiter gives up, its thread ends. The kernel wakes waiters, mostly first come,
-//! first served. It gives a waiter the mutex of a dead thread, with the result `WAIT_ABANDONED`. When no process has
-//! the mutex open, the mutex is deleted, and the report of a death is lost. So the record ([`holder_record`]) is in a
-//! file, and reports a death in any case.
+//! A mutex belongs to the thread that acquired it, but a guard can move to another thread. So each
+//! hold has its own thread, which acquires the mutex, sleeps, and releases it. The thread also does
+//! the waiting, on the mutex, the cancel event and the limit; if the waiter gives up, its thread
+//! ends. The kernel wakes waiters, mostly first come, first served. It gives a waiter the mutex of
+//! a dead thread, with the result `WAIT_ABANDONED`. When no process has the mutex open, the mutex
+//! is deleted, and the report of a death is lost. So the record ([`holder_record`]) is in a file,
+//! and reports a death in any case.
 
 use std::fs::File;
 use std::os::windows::io::AsHandle;
@@ -54,9 +55,13 @@ impl std::fmt::Debug for MutexHold {
 impl MutexHold {
     /// Releases the mutex, and returns when that is done.
     fn release(&mut self) -> std::io::Result<()> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
+        let Some(thread) = self.thread.take() else {
+            return Ok(());
+        };
         self.release_event.set();
-        thread.join().unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")))
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")))
     }
 }
 
@@ -69,15 +74,25 @@ impl Drop for MutexHold {
 
 impl MutexLock {
     pub(super) fn new(name: &str, sharing: Sharing) -> Result<Self> {
-        Ok(Self { name: name.to_owned(), sharing, record: OnceLock::new() })
+        Ok(Self {
+            name: name.to_owned(),
+            sharing,
+            record: OnceLock::new(),
+        })
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, info: &dyn LockInfo) -> Result<(MutexHold, Option<Box<Recovered>>)> {
+    pub(super) fn acquire(
+        &self,
+        wait: &Wait,
+        info: &dyn LockInfo,
+    ) -> Result<(MutexHold, Option<Box<Recovered>>)> {
         wait.check(info)?;
         // A first attempt: only a held mutex needs the wait state and the cancel event.
         let (mut acquired, mut hold) = self.start_hold(None, Some(Instant::now()))?;
         if acquired == Acquired::TimedOut {
-            let Some(wait_state) = wait.state_for(info) else { return Err(info.held()) };
+            let Some(wait_state) = wait.state_for(info) else {
+                return Err(info.held());
+            };
             (acquired, hold) = self.start_hold(wait_state.token().cloned(), wait_state.until())?;
             match acquired {
                 Acquired::Free | Acquired::Abandoned => {}
@@ -87,17 +102,25 @@ impl MutexLock {
         }
         step("mutex acquired");
         let recovered = self.record().and_then(holder_record::record_current);
-        // A dead holder may have died before it wrote its record, or may have had no record to write to.
+        // A dead holder may have died before it wrote its record, or may have had no record to
+        // write to.
         let unknown = || (acquired == Acquired::Abandoned).then(|| Box::new(Recovered::new(None)));
         Ok((hold, recovered.or_else(unknown)))
     }
 
     /// Starts a thread that acquires the mutex and holds it, if it succeeds.
-    fn start_hold(&self, cancel: Option<CancelToken>, until: Option<Instant>) -> Result<(Acquired, MutexHold)> {
-        let object = mutex::object(&self.name, self.sharing).map_err(|error| Error::io("name", &self.name, error))?;
-        let mutex = Mutex::open(&object, self.sharing).map_err(|error| Error::io("open", &object, error))?;
+    fn start_hold(
+        &self,
+        cancel: Option<CancelToken>,
+        until: Option<Instant>,
+    ) -> Result<(Acquired, MutexHold)> {
+        let object = mutex::object(&self.name, self.sharing)
+            .map_err(|error| Error::io("name", &self.name, error))?;
+        let mutex = Mutex::open(&object, self.sharing)
+            .map_err(|error| Error::io("open", &object, error))?;
         let failed = |action, error| Error::io(action, &object, error);
-        let release_event = Arc::new(Event::new().map_err(|error| failed("create an event for", error))?);
+        let release_event =
+            Arc::new(Event::new().map_err(|error| failed("create an event for", error))?);
         // Reports a failure to create the cancel event here. The thread then gets the same event.
         cancel.as_ref().map(CancelToken::event).transpose()?;
         let (sender, receiver) = sync_channel(1);
@@ -118,10 +141,17 @@ impl MutexLock {
                 released
             }
         };
-        let thread = Builder::new().name("lockkit-named".into()).spawn(hold_mutex);
+        let thread = Builder::new()
+            .name("lockkit-named".into())
+            .spawn(hold_mutex);
         let thread = thread.map_err(|error| failed("start a thread for", error))?;
-        let hold = MutexHold { release_event, thread: Some(thread) };
-        let acquired = receiver.recv().unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
+        let hold = MutexHold {
+            release_event,
+            thread: Some(thread),
+        };
+        let acquired = receiver
+            .recv()
+            .unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
         Ok((acquired.map_err(|error| failed("wait for", error))?, hold))
     }
 
@@ -130,7 +160,8 @@ impl MutexLock {
             record.clear();
             step("record cleared");
         }
-        hold.release().map_err(|error| Error::io("release", &self.name, error))
+        hold.release()
+            .map_err(|error| Error::io("release", &self.name, error))
     }
 
     /// Records `owner` as the holder of the lock.
@@ -163,19 +194,29 @@ impl MutexLock {
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
-    /// Returns the names of the locks that are held now according to their records. Creates nothing.
+    /// Returns the names of the locks that are held now according to their records. Creates
+    /// nothing.
     pub(super) fn list(sharing: Sharing) -> Result<Vec<(String, Option<Owner>, u32)>> {
-        let Some(directory) = runtime_dir::path(sharing) else { return Ok(Vec::new()) };
+        let Some(directory) = runtime_dir::path(sharing) else {
+            return Ok(Vec::new());
+        };
         let held = |entry: std::io::Result<std::fs::DirEntry>| {
             let file = entry.ok()?.file_name().into_string().ok()?;
-            let name = runtime_dir::name_of(&file, sharing)?.strip_suffix(".record")?.to_owned();
+            let name = runtime_dir::name_of(&file, sharing)?
+                .strip_suffix(".record")?
+                .to_owned();
             let owner = Self::new(&name, sharing).ok()?.live_owner()?;
             Some((name, Some(owner), 0))
         };
-        Ok(std::fs::read_dir(directory).into_iter().flatten().filter_map(held).collect())
+        Ok(std::fs::read_dir(directory)
+            .into_iter()
+            .flatten()
+            .filter_map(held)
+            .collect())
     }
 
-    /// Returns the record once it could be opened. A failed attempt is repeated, because its cause may be temporary.
+    /// Returns the record once it could be opened. A failed attempt is repeated, because its cause
+    /// may be temporary.
     fn record(&self) -> Option<&File> {
         match self.record.get() {
             None => {
@@ -206,13 +247,22 @@ mod tests {
         // The kernel remembers that the mutex was abandoned as long as a handle to it is open.
         let _open = Mutex::open(&object, sharing).unwrap();
         std::thread::scope(|scope| {
-            let holder = scope.spawn(|| Mutex::open(&object, sharing).unwrap().acquire(None, None).unwrap());
+            let holder = scope.spawn(|| {
+                Mutex::open(&object, sharing)
+                    .unwrap()
+                    .acquire(None, None)
+                    .unwrap()
+            });
             // Joins until the thread has ended, and not only its closure.
             assert_eq!(holder.join().unwrap(), Acquired::Free);
         });
         let lock = NamedLock::new(&name).unwrap();
         let guard = lock.try_lock().unwrap();
-        assert!(guard.recovered().is_some_and(|recovered| recovered.owner().is_none()));
+        assert!(
+            guard
+                .recovered()
+                .is_some_and(|recovered| recovered.owner().is_none())
+        );
         guard.release().unwrap();
         assert!(lock.try_lock().unwrap().recovered().is_none());
     }

@@ -30,7 +30,11 @@ impl NativeLock {
         Ok(Vec::new())
     }
 
-    pub(super) fn acquire(&self, _: &Wait, _: &dyn LockInfo) -> Result<(NativeHold, Option<Box<Recovered>>)> {
+    pub(super) fn acquire(
+        &self,
+        _: &Wait,
+        _: &dyn LockInfo,
+    ) -> Result<(NativeHold, Option<Box<Recovered>>)> {
         match self.0 {}
     }
 

@@ -1,5 +1,5 @@
-//! Named locks on Linux: a listening socket in the abstract namespace. The process that listens at the name holds the
-//! lock, and a release passes the socket on.
+//! Named locks on Linux: a listening socket in the abstract namespace. The process that listens at
+//! the name holds the lock, and a release passes the socket on.
 //!
 //! | event | mechanism |
 //! |---|---|
@@ -10,17 +10,20 @@
 //! | a waiter dies or gives up | Its connection is closed, and the release skips it. A socket in flight to it is closed by the kernel. |
 //!
 //! # Guarantees
-//! - A waiter holds the lock when it has received the socket and the end of the stream. At that point no earlier holder
-//!   has a copy of the socket, wherever that holder is stopped. Until then the earlier holder holds the lock.
-//! - If another user has had a socket, this process never accepts from it and never passes it on: that user could make
-//!   `accept` block, or give copies to other processes. The release closes the socket, and its waiters bind again.
-//! - A release skips at most [`MAX_SKIPPED`] connections in a row. If none of them is a live waiter, the release closes
-//!   the socket, and the waiters behind them bind again in any order.
+//! - A waiter holds the lock when it has received the socket and the end of the stream. At that
+//!   point no earlier holder has a copy of the socket, wherever that holder is stopped. Until then
+//!   the earlier holder holds the lock.
+//! - If another user has had a socket, this process never accepts from it and never passes it on:
+//!   that user could make `accept` block, or give copies to other processes. The release closes the
+//!   socket, and its waiters bind again.
+//! - A release skips at most [`MAX_SKIPPED`] connections in a row. If none of them is a live
+//!   waiter, the release closes the socket, and the waiters behind them bind again in any order.
 //!
-//! The new holder calls `listen` again, so that the kernel shows its credentials to a process that connects. A record
-//! in memory (see [`records`](super::records)) names the holder and reports its death to the next holder. The table of
-//! records also counts the waiters that have queued up, which saves the holder a system call per release. A waiter that
-//! is not counted sees a hang-up and binds again.
+//! The new holder calls `listen` again, so that the kernel shows its credentials to a process that
+//! connects. A record in memory (see [`records`](super::records)) names the holder and reports its
+//! death to the next holder. The table of records also counts the waiters that have queued up,
+//! which saves the holder a system call per release. A waiter that is not counted sees a hang-up
+//! and binds again.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
@@ -47,12 +50,14 @@ use crate::sys::unix_socket::seqpacket::{self, Received};
 use crate::sys::unix_socket::socket::{self, Address, Peer, Reached};
 use crate::sys::{event, user};
 
-/// How long a caller that does not wait retries a lock without a known live holder: the holder is about to start or to
-/// end, or its socket is still open in a child that is about to start a program.
+/// How long a caller that does not wait retries a lock without a known live holder: the holder is
+/// about to start or to end, or its socket is still open in a child that is about to start a
+/// program.
 const UNKNOWN_HOLDER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The number of connections in a row without a live waiter after which a release closes the socket. Skipping one
-/// connection costs some tens of microseconds; the kernel drops all of them in a fraction of that.
+/// The number of connections in a row without a live waiter after which a release closes the
+/// socket. Skipping one connection costs some tens of microseconds; the kernel drops all of them in
+/// a fraction of that.
 const MAX_SKIPPED: usize = 64;
 
 /// The backend that [`Backend::Auto`] selects.
@@ -75,8 +80,9 @@ type Acquired = (SocketHold, Option<Box<Recovered>>);
 pub(super) struct SocketHold {
     /// The listening socket: the lock.
     socket: ForkGuarded,
-    /// The connection that the socket came through, if it was handed over. It is closed after the release, for which
-    /// others may wait, and not between the hand-over and the work: closing a connection takes a tenth of a hand-over.
+    /// The connection that the socket came through, if it was handed over. It is closed after the
+    /// release, for which others may wait, and not between the hand-over and the work: closing a
+    /// connection takes a tenth of a hand-over.
     connection: Option<ForkGuarded>,
     origin: Origin,
     /// When the socket was last seen to be this lock's, from [`nanos`].
@@ -96,7 +102,8 @@ impl SocketHold {
 /// What this process knows about the queue of a held socket.
 #[derive(Debug)]
 enum Origin {
-    /// This process bound the name. The value is the waiter count of the table at that time, if the table counts.
+    /// This process bound the name. The value is the waiter count of the table at that time, if the
+    /// table counts.
     Bound(Option<u64>),
     /// An earlier holder handed the socket over, so more processes may wait.
     HandedOver,
@@ -109,8 +116,8 @@ struct Acquisition<'l> {
     lock: &'l SocketLock,
     info: &'l dyn LockInfo,
     wait_state: WaitState,
-    /// Whether the caller does not wait. It still waits for [`UNKNOWN_HOLDER_TIMEOUT`], unless a live process holds the
-    /// lock.
+    /// Whether the caller does not wait. It still waits for [`UNKNOWN_HOLDER_TIMEOUT`], unless a
+    /// live process holds the lock.
     is_brief: bool,
     backoff: Backoff,
     /// The place in the holder's queue, if the holder could be reached.
@@ -129,8 +136,8 @@ struct Queued {
 /// The result of one attempt.
 enum Attempt {
     Acquired(Acquired),
-    /// The lock is held. Sleep until the connection is readable, if there is a connection, but no longer than this;
-    /// then call [`wake`](Acquisition::wake).
+    /// The lock is held. Sleep until the connection is readable, if there is a connection, but no
+    /// longer than this; then call [`wake`](Acquisition::wake).
     Sleep(Duration),
 }
 
@@ -139,9 +146,20 @@ impl<'l> Acquisition<'l> {
     fn begin(lock: &'l SocketLock, wait: &Wait, info: &'l dyn LockInfo) -> Self {
         let wait_state = wait.state_for(info);
         let is_brief = wait_state.is_none();
-        let retry_for = if lock.record().is_some() { UNKNOWN_HOLDER_TIMEOUT } else { Duration::ZERO };
+        let retry_for = if lock.record().is_some() {
+            UNKNOWN_HOLDER_TIMEOUT
+        } else {
+            Duration::ZERO
+        };
         let wait_state = wait_state.unwrap_or_else(|| WaitState::brief(retry_for));
-        Self { lock, info, wait_state, is_brief, backoff: Backoff::new(), queued: None }
+        Self {
+            lock,
+            info,
+            wait_state,
+            is_brief,
+            backoff: Backoff::new(),
+            queued: None,
+        }
     }
 
     /// Binds the name, or queues up at its holder.
@@ -155,7 +173,9 @@ impl<'l> Acquisition<'l> {
             }
             self.queued = self.lock.queue_up(self.info)?;
             if let Some(queued) = self.queued.as_ref().filter(|_| !self.is_brief) {
-                holder_record::with_current(|record| seqpacket::announce(&queued.connection, &announcement(record)));
+                holder_record::with_current(|record| {
+                    seqpacket::announce(&queued.connection, &announcement(record))
+                });
                 if let Some(record) = self.lock.record() {
                     record.count_waiter();
                 }
@@ -178,7 +198,12 @@ impl<'l> Acquisition<'l> {
         if let Some(queued) = &mut self.queued {
             let has_ended = seqpacket::receive(&queued.connection, &mut queued.received);
             if has_ended.map_err(|error| self.lock.io("receive", error))? {
-                if let Some(hold) = self.queued.take().map(|queued| self.lock.take_over(queued)).transpose()?.flatten()
+                if let Some(hold) = self
+                    .queued
+                    .take()
+                    .map(|queued| self.lock.take_over(queued))
+                    .transpose()?
+                    .flatten()
                 {
                     return Ok(Some((hold, None)));
                 }
@@ -193,8 +218,9 @@ impl<'l> Acquisition<'l> {
 }
 
 impl Drop for Acquisition<'_> {
-    /// Shuts the connection down. A program that another thread is starting may have a copy of the connection.
-    /// Then a close alone would not show the holder at once that this waiter has given up.
+    /// Shuts the connection down. A program that another thread is starting may have a copy of the
+    /// connection. Then a close alone would not show the holder at once that this waiter has given
+    /// up.
     fn drop(&mut self) {
         if let Some(queued) = &self.queued {
             seqpacket::hang_up(&queued.connection);
@@ -212,15 +238,24 @@ impl SocketLock {
         let held = sockets.bound().filter_map(|(address, queue)| {
             let name = address.strip_prefix(&prefix)?;
             let owner = holders.of(name).filter(|owner| living.may_live(owner));
-            Some((name.to_owned(), owner, sockets.waiters(queue, user_of(sharing))))
+            Some((
+                name.to_owned(),
+                owner,
+                sockets.waiters(queue, user_of(sharing)),
+            ))
         });
         Ok(held.collect())
     }
 
     pub(super) fn new(name: &str, sharing: Sharing) -> Result<Self> {
         let socket = prefix(sharing) + name;
-        let address = socket::address(&socket).map_err(|error| Error::io("name", format!("@{socket}"), error))?;
-        Ok(Self { sharing, address, record: OnceLock::new() })
+        let address = socket::address(&socket)
+            .map_err(|error| Error::io("name", format!("@{socket}"), error))?;
+        Ok(Self {
+            sharing,
+            address,
+            record: OnceLock::new(),
+        })
     }
 
     pub(super) fn acquire(&self, wait: &Wait, info: &dyn LockInfo) -> Result<Acquired> {
@@ -233,15 +268,18 @@ impl SocketLock {
                 Attempt::Acquired(acquired) => return Ok(acquired),
                 Attempt::Sleep(pause) => pause,
             };
-            let waited = acquisition.wait_state.wait_for_end(acquisition.descriptor(), pause)?;
+            let waited = acquisition
+                .wait_state
+                .wait_for_end(acquisition.descriptor(), pause)?;
             if let Some(acquired) = acquisition.wake(waited)? {
                 return Ok(acquired);
             }
         }
     }
 
-    /// Acquires like [`acquire`](Self::acquire), but sleeps on the reactor. Dropping the future closes the connection,
-    /// so the holder skips this waiter, or the kernel closes the socket that was in flight to it.
+    /// Acquires like [`acquire`](Self::acquire), but sleeps on the reactor. Dropping the future
+    /// closes the connection, so the holder skips this waiter, or the kernel closes the socket that
+    /// was in flight to it.
     #[cfg(feature = "tokio")]
     pub(super) async fn acquire_async(&self, wait: &Wait, info: &dyn LockInfo) -> Result<Acquired> {
         blocking::check_runtime()?;
@@ -272,39 +310,67 @@ impl SocketLock {
         let record = self.record();
         // Waiters can queue up as soon as the socket listens.
         let waits = record.and_then(HolderRecord::waiter_count);
-        let Some(socket) = seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))? else {
+        let Some(socket) =
+            seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))?
+        else {
             return Ok(None);
         };
         let died = self.record().and_then(|record| record.record_current(true));
-        Ok(Some((SocketHold { socket, connection: None, origin: Origin::Bound(waits), since: nanos() }, died)))
+        Ok(Some((
+            SocketHold {
+                socket,
+                connection: None,
+                origin: Origin::Bound(waits),
+                since: nanos(),
+            },
+            died,
+        )))
     }
 
     /// Queues up at the holder. Returns `None` if the holder cannot be reached.
     fn queue_up(&self, info: &dyn LockInfo) -> Result<Option<Queued>> {
         let is_shared = self.sharing == Sharing::Machine;
-        match seqpacket::connect(&self.address, is_shared).map_err(|error| self.io("connect to", error))? {
+        match seqpacket::connect(&self.address, is_shared)
+            .map_err(|error| self.io("connect to", error))?
+        {
             Reached::NoListener | Reached::Full => Ok(None),
             Reached::Queue(connection) => {
                 let Peer { uid, pid } = self.peer(&connection)?;
                 let Some(is_own) = self.trusts(&connection, Peer { uid, pid }) else {
                     let pid = (pid != 0).then_some(pid);
-                    return Err(ErrorKind::ForeignOwner { lock: info.describe(), uid, pid }.into());
+                    return Err(ErrorKind::ForeignOwner {
+                        lock: info.describe(),
+                        uid,
+                        pid,
+                    }
+                    .into());
                 };
-                Ok(Some(Queued { connection, is_own, received: None }))
+                Ok(Some(Queued {
+                    connection,
+                    is_own,
+                    received: None,
+                }))
             }
         }
     }
 
-    /// Takes over the socket that the previous holder handed over. Returns `None` if it is not the lock's socket.
+    /// Takes over the socket that the previous holder handed over. Returns `None` if it is not the
+    /// lock's socket.
     fn take_over(&self, queued: Queued) -> Result<Option<SocketHold>> {
-        let Queued { connection, is_own, received } = queued;
-        let Some(Received { socket, sender }) = received else { return Ok(None) };
+        let Queued {
+            connection,
+            is_own,
+            received,
+        } = queued;
+        let Some(Received { socket, sender }) = received else {
+            return Ok(None);
+        };
         if !seqpacket::is_bound_to(&socket, &self.address) {
             return Ok(None);
         }
         let is_own = match sender {
-            // The message shows its sender, which may be another process than the holder at which this process queued
-            // up.
+            // The message shows its sender, which may be another process than the holder at which
+            // this process queued up.
             Some(sender) => {
                 let own = runtime_dir::effective_uid();
                 sender.uid == own && user::is_one(own)
@@ -327,7 +393,12 @@ impl SocketLock {
         }
         // A record that is still there is older than the previous holder, which released.
         self.record().map(|record| record.record_current(false));
-        Ok(Some(SocketHold { socket, connection: Some(connection), origin, since: nanos() }))
+        Ok(Some(SocketHold {
+            socket,
+            connection: Some(connection),
+            origin,
+            since: nanos(),
+        }))
     }
 
     fn peer(&self, connection: &ForkGuarded) -> Result<Peer> {
@@ -337,11 +408,17 @@ impl SocketLock {
     /// Passes the lock on to the first waiter, or frees it.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) if the program has already released the lock by closing the descriptor.
+    /// [`Io`](ErrorKind::Io) if the program has already released the lock by closing the
+    /// descriptor.
     pub(super) fn release(&self, hold: SocketHold) -> Result<()> {
-        let SocketHold { socket, connection, origin, since } = hold;
-        // The program may have closed the descriptor and thereby released the lock. Then the record belongs to another
-        // holder.
+        let SocketHold {
+            socket,
+            connection,
+            origin,
+            since,
+        } = hold;
+        // The program may have closed the descriptor and thereby released the lock. Then the record
+        // belongs to another holder.
         if !socket.is_own_since(since, nanos()) {
             return Err(Error::io("release", self.path(), fork::closed_by_program()));
         }
@@ -353,7 +430,11 @@ impl SocketLock {
             // Polling is cheap, `accept` is not, and usually no process waits.
             (Origin::Bound(_), _) => event::is_readable(socket.as_fd()),
         };
-        let unsent = if is_waited_for { self.hand_over(socket, record) } else { Some(socket) };
+        let unsent = if is_waited_for {
+            self.hand_over(socket, record)
+        } else {
+            Some(socket)
+        };
         if let Some(socket) = unsent {
             if let Some(record) = record {
                 record.clear();
@@ -365,17 +446,22 @@ impl SocketLock {
         Ok(())
     }
 
-    /// Hands the socket over to the first live waiter. Returns the socket if there is none, or if too many other
-    /// connections come first.
+    /// Hands the socket over to the first live waiter. Returns the socket if there is none, or if
+    /// too many other connections come first.
     fn hand_over(&self, socket: ForkGuarded, record: Option<&HolderRecord>) -> Option<ForkGuarded> {
         for _ in 0..MAX_SKIPPED {
-            let Some(waiter) = seqpacket::accept(&socket) else { return Some(socket) };
-            let Some(receiver) = self.receiver(&waiter) else { continue };
+            let Some(waiter) = seqpacket::accept(&socket) else {
+                return Some(socket);
+            };
+            let Some(receiver) = self.receiver(&waiter) else {
+                continue;
+            };
             if let Some(record) = record {
                 record.record_receiver(&receiver);
             }
             if seqpacket::hand_over(&waiter, &socket).is_ok() {
-                // At the end of the stream the receiver holds the lock, and by then this process must not have a copy.
+                // At the end of the stream the receiver holds the lock, and by then this process
+                // must not have a copy.
                 socket.close();
                 step("own copy closed");
                 seqpacket::complete(&waiter);
@@ -385,7 +471,8 @@ impl SocketLock {
         Some(socket)
     }
 
-    /// Returns the record of a waiter that may have the lock, and `None` for every other connection.
+    /// Returns the record of a waiter that may have the lock, and `None` for every other
+    /// connection.
     fn receiver(&self, waiter: &ForkGuarded) -> Option<Words> {
         let peer = socket::peer(&**waiter).ok()?;
         let is_eligible = match self.sharing {
@@ -395,14 +482,16 @@ impl SocketLock {
         };
         is_eligible.then_some(())?;
         let mut announced = [0; ANNOUNCEMENT];
-        // A process that only asks for the owner announces nothing, and would keep the lock if it were stopped.
+        // A process that only asks for the owner announces nothing, and would keep the lock if it
+        // were stopped.
         let length = seqpacket::announced(waiter, &mut announced).filter(|length| *length > 0)?;
         let record = (length == ANNOUNCEMENT).then(|| record_of(&announced));
         let is_whole = |record: &Words| record[SUM] == holder_record::sum(record);
         // The pid that the kernel reports decides, if both processes are in the same pid namespace.
         let is_right = |record: &Words| {
             holder_record::with_current(|own| {
-                let [pid, namespace] = [holder_record::PID, holder_record::NAMESPACE].map(|at| (record[at], own[at]));
+                let [pid, namespace] =
+                    [holder_record::PID, holder_record::NAMESPACE].map(|at| (record[at], own[at]));
                 (pid.0 == u64::from(peer.pid)) == (namespace.0 == namespace.1)
             })
         };
@@ -420,10 +509,13 @@ impl SocketLock {
     /// Returns the number of live waiters in the holder's queue.
     pub(super) fn waiters(&self) -> Result<u32> {
         let sockets = sockets()?;
-        Ok(sockets.at(self.name()).map_or(0, |queue| sockets.waiters(queue, user_of(self.sharing))))
+        Ok(sockets
+            .at(self.name())
+            .map_or(0, |queue| sockets.waiters(queue, user_of(self.sharing))))
     }
 
-    /// Returns whether the name is bound. The check has no effect on a holder; it binds a free name for a moment.
+    /// Returns whether the name is bound. The check has no effect on a holder; it binds a free name
+    /// for a moment.
     pub(super) fn is_held(&self) -> Result<bool> {
         let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
         Ok(!free)
@@ -434,8 +526,9 @@ impl SocketLock {
         std::str::from_utf8(self.address.abstract_name().unwrap_or_default()).unwrap_or_default()
     }
 
-    /// Returns whether a process that holds the lock belongs to this process's user, and `None` if the process may not
-    /// hold it. Root has all rights, and holds locks of other users when it acts for them.
+    /// Returns whether a process that holds the lock belongs to this process's user, and `None` if
+    /// the process may not hold it. Root has all rights, and holds locks of other users when it
+    /// acts for them.
     fn trusts(&self, connection: &ForkGuarded, peer: Peer) -> Option<bool> {
         match self.sharing {
             Sharing::User(own) => {
@@ -450,29 +543,37 @@ impl SocketLock {
 
     pub(super) fn owner(&self) -> Result<Option<Owner>> {
         if let Some(owner) = self.live_holder() {
-            // A holder that executes another program (exec) leaves its record, and the name becomes free.
+            // A holder that executes another program (exec) leaves its record, and the name becomes
+            // free.
             let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
             return Ok((!free).then_some(owner));
         }
-        match seqpacket::connect(&self.address, false).map_err(|error| self.io("connect to", error))? {
+        match seqpacket::connect(&self.address, false)
+            .map_err(|error| self.io("connect to", error))?
+        {
             Reached::NoListener => Ok(None),
             Reached::Full => Err(self.io("query the holder of", Errno::AGAIN)),
             Reached::Queue(connection) => Ok(owner_of(self.peer(&connection)?)),
         }
     }
 
-    /// Returns the holder from the record, unless it has died since. Reading the record costs the holder nothing; a
-    /// connection would occupy a place in its queue until it releases.
+    /// Returns the holder from the record, unless it has died since. Reading the record costs the
+    /// holder nothing; a connection would occupy a place in its queue until it releases.
     fn live_holder(&self) -> Option<Owner> {
         let owner = self.record()?.holder()?;
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
-    /// Returns the record once it could be opened. A failed attempt is repeated, because its cause may be temporary.
+    /// Returns the record once it could be opened. A failed attempt is repeated, because its cause
+    /// may be temporary.
     fn record(&self) -> Option<&HolderRecord> {
         match self.record.get() {
             None => {
-                let record = HolderRecord::open(self.name().strip_prefix(&prefix(self.sharing))?, self.sharing).ok()?;
+                let record = HolderRecord::open(
+                    self.name().strip_prefix(&prefix(self.sharing))?,
+                    self.sharing,
+                )
+                .ok()?;
                 Some(self.record.get_or_init(|| record))
             }
             opened => opened,
@@ -503,12 +604,16 @@ fn owner_of(peer: Peer) -> Option<Owner> {
     }
 }
 
-/// The size of a waiter's announcement: the words of its record that identify a process, and their sum.
+/// The size of a waiter's announcement: the words of its record that identify a process, and their
+/// sum.
 const ANNOUNCEMENT: usize = (SUM + 1 - IDENTITY.start) * size_of::<u64>();
 
 fn announcement(record: &Words) -> [u8; ANNOUNCEMENT] {
     let mut bytes = [0; ANNOUNCEMENT];
-    for (bytes, word) in bytes.chunks_exact_mut(size_of::<u64>()).zip(&record[IDENTITY.start..=SUM]) {
+    for (bytes, word) in bytes
+        .chunks_exact_mut(size_of::<u64>())
+        .zip(&record[IDENTITY.start..=SUM])
+    {
         bytes.copy_from_slice(&word.to_ne_bytes());
     }
     bytes
@@ -516,7 +621,10 @@ fn announcement(record: &Words) -> [u8; ANNOUNCEMENT] {
 
 fn record_of(announcement: &[u8; ANNOUNCEMENT]) -> Words {
     let mut record = Words::default();
-    for (word, bytes) in record[IDENTITY.start..=SUM].iter_mut().zip(announcement.chunks_exact(size_of::<u64>())) {
+    for (word, bytes) in record[IDENTITY.start..=SUM]
+        .iter_mut()
+        .zip(announcement.chunks_exact(size_of::<u64>()))
+    {
         *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
     }
     record
@@ -559,12 +667,23 @@ mod tests {
 
     #[test]
     fn release_skips_cancelled_waiter_with_duplicated_socket() {
-        for sharing in [Sharing::User(runtime_dir::effective_uid()), Sharing::Machine] {
-            let lock = SocketLock::new(&format!("test-gave-up-{}", std::process::id()), sharing).unwrap();
+        for sharing in [
+            Sharing::User(runtime_dir::effective_uid()),
+            Sharing::Machine,
+        ] {
+            let lock =
+                SocketLock::new(&format!("test-gave-up-{}", std::process::id()), sharing).unwrap();
             let (hold, _) = lock.bind().unwrap().unwrap();
             let mut acquisition = Acquisition::begin(&lock, &Wait::forever(), &TestInfo);
-            assert!(matches!(acquisition.attempt(), Ok(Attempt::Sleep(Duration::MAX))));
-            let copy = acquisition.descriptor().unwrap().try_clone_to_owned().unwrap();
+            assert!(matches!(
+                acquisition.attempt(),
+                Ok(Attempt::Sleep(Duration::MAX))
+            ));
+            let copy = acquisition
+                .descriptor()
+                .unwrap()
+                .try_clone_to_owned()
+                .unwrap();
             drop(acquisition);
             lock.release(hold).unwrap();
             let (hold, died) = lock.bind().unwrap().expect("the lock is free");

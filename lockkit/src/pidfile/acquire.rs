@@ -23,7 +23,8 @@ use crate::sys::failpoint::step;
 use crate::sys::fork::ForkGuarded;
 use crate::sys::{files, tmpfile, write_lock};
 
-/// How often in a row the file may be replaced during an attempt before the attempt counts it as held.
+/// How often in a row the file may be replaced during an attempt before the attempt counts it as
+/// held.
 const MAX_REPLACEMENTS: u32 = 100;
 
 /// The permissions of a new file, less the umask.
@@ -36,7 +37,8 @@ enum Attempt {
     Locked(ForkGuarded<File>),
     /// The content of the file counts as held, without a write lock.
     HeldByContent,
-    /// Another taker is at work, or the file has just been replaced. The error is the one to return if that lasts.
+    /// Another taker is at work, or the file has just been replaced. The error is the one to return
+    /// if that lasts.
     Busy(Option<Error>),
 }
 
@@ -51,11 +53,12 @@ enum Availability {
 impl PidFile {
     /// Acquires the lock, waiting as `wait` says.
     ///
-    /// A wait without a limit for a holder that has the file locked sleeps in the kernel. A wait with a limit or a
-    /// token, and any wait for a process without a lock, polls every few milliseconds. Waiters have no order.
+    /// A wait without a limit for a holder that has the file locked sleeps in the kernel. A wait
+    /// with a limit or a token, and any wait for a process without a lock, polls every few
+    /// milliseconds. Waiters have no order.
     ///
-    /// `Wait::none()` never waits for a holder. If another process is taking over a stale file, the call waits up to 1
-    /// s for the result.
+    /// `Wait::none()` never waits for a holder. If another process is taking over a stale file, the
+    /// call waits up to 1 s for the result.
     ///
     /// # Errors
     /// - [`Held`], [`Timeout`] or [`Cancelled`], as `wait` says.
@@ -64,8 +67,9 @@ impl PidFile {
     /// - [`InvalidOption`] for a [mode](Self::create_with_mode) that denies the owner access.
     /// - [`Io`] if the file cannot be read, created, locked or written.
     ///
-    /// On an error an existing file is unchanged, and an absent file stays absent. There is one exception: if the file
-    /// has replaced a stale one and its permissions cannot be set, the file is removed.
+    /// On an error an existing file is unchanged, and an absent file stays absent. There is one
+    /// exception: if the file has replaced a stale one and its permissions cannot be set, the file
+    /// is removed.
     ///
     /// [`Held`]: crate::ErrorKind::Held
     /// [`Timeout`]: crate::ErrorKind::Timeout
@@ -81,7 +85,8 @@ impl PidFile {
     #[cfg(feature = "tokio")]
     async fn take_async(&self, wait: &Wait) -> Result<PidGuard> {
         let lock = self.clone();
-        let acquiring = blocking::at_once_or_on_a_thread(wait, self, move |wait| lock.acquire_unreported(wait));
+        let acquiring =
+            blocking::at_once_or_on_a_thread(wait, self, move |wait| lock.acquire_unreported(wait));
         telemetry::acquire_async(self, acquiring).await
     }
 
@@ -102,8 +107,10 @@ impl PidFile {
                 Attempt::Locked(file) => Some(file),
                 Attempt::HeldByContent => None,
                 Attempt::Busy(error) => {
-                    // A live taker needs only a moment. A call that does not wait allows that time, too.
-                    let is_over = busy_since.get_or_insert_with(Instant::now).elapsed() >= TAKER_TIMEOUT;
+                    // A live taker needs only a moment. A call that does not wait allows that time,
+                    // too.
+                    let is_over =
+                        busy_since.get_or_insert_with(Instant::now).elapsed() >= TAKER_TIMEOUT;
                     match error {
                         Some(error) if is_over => return Err(error),
                         _ if is_over || wait_state.is_some() => None,
@@ -124,7 +131,8 @@ impl PidFile {
             };
             match locked {
                 Some(file) if wait_state.is_endless() => {
-                    write_lock::wait(&file).map_err(|error| Error::io("wait for", &self.path, error))?;
+                    write_lock::wait(&file)
+                        .map_err(|error| Error::io("wait for", &self.path, error))?;
                 }
                 _ => {
                     if let Err(ended) = wait_state.sleep(backoff.next())? {
@@ -138,8 +146,9 @@ impl PidFile {
     fn attempt(&self) -> Result<Attempt> {
         for _ in 0..MAX_REPLACEMENTS {
             let attempt = match self.judge()? {
-                // An acquisition that finds a live or killed taker's file becomes a taker itself. So a taker that is
-                // stopped over a stale file still excludes others after that file was removed by hand.
+                // An acquisition that finds a live or killed taker's file becomes a taker itself.
+                // So a taker that is stopped over a stale file still excludes others after that
+                // file was removed by hand.
                 None if !self.has_taker() => match self.create()? {
                     Some(attempt) => attempt,
                     None => continue,
@@ -161,7 +170,9 @@ impl PidFile {
 
     fn availability(&self, existing: ExistingFile) -> Result<Availability> {
         match existing.verdict {
-            Verdict::Held { by_lock: true, .. } => Ok(Availability::Unavailable(Attempt::Locked(existing.file))),
+            Verdict::Held { by_lock: true, .. } => {
+                Ok(Availability::Unavailable(Attempt::Locked(existing.file)))
+            }
             Verdict::Held { .. } | Verdict::Blank { is_young: true, .. } => {
                 Ok(Availability::Unavailable(Attempt::HeldByContent))
             }
@@ -175,25 +186,31 @@ impl PidFile {
         }
     }
 
-    /// Creates the file, complete and locked before the path names it. Returns `None` if another file has the name by
-    /// now.
+    /// Creates the file, complete and locked before the path names it. Returns `None` if another
+    /// file has the name by now.
     fn create(&self) -> Result<Option<Attempt>> {
         let failed = |error| Error::io("create", &self.path, error);
         // Read before the file is created, which may take the last descriptor.
         let owner = Owner::current();
         // Without a name no other process can open it, whatever its permissions are.
         let mode = self.mode.map_or(DEFAULT_MODE, |_| 0o600);
-        let file = self.with_parents(|| ForkGuarded::new(|| tmpfile::file_in(self.directory(), mode)));
+        let file =
+            self.with_parents(|| ForkGuarded::new(|| tmpfile::file_in(self.directory(), mode)));
         let file = match file {
             Err(error) if error.kind() == Io::Unsupported => return self.take_over().map(Some),
             file => file.map_err(failed)?,
         };
         if !write_lock::try_lock(&file).map_err(|error| Error::io("lock", &self.path, error))? {
-            return Err(Error::io("lock", &self.path, io::Error::from(Io::WouldBlock)));
+            return Err(Error::io(
+                "lock",
+                &self.path,
+                io::Error::from(Io::WouldBlock),
+            ));
         }
         let written = write_owner(&self.path, &file, &owner)?;
         if let Some(mode) = self.mode {
-            files::set_mode(&file, mode).map_err(|error| Error::io("set the mode of", &self.path, error))?;
+            files::set_mode(&file, mode)
+                .map_err(|error| Error::io("set the mode of", &self.path, error))?;
             step("mode set");
         }
         match tmpfile::name(&file, &self.path) {
@@ -206,7 +223,9 @@ impl PidFile {
             Err(error) => return Err(failed(error)),
         }
         step("file named");
-        Ok(Some(Attempt::Acquired(PidGuard::new(&self.path, file, written, None))))
+        Ok(Some(Attempt::Acquired(PidGuard::new(
+            &self.path, file, written, None,
+        ))))
     }
 
     /// Replaces a free file by a file of this process.
@@ -239,9 +258,13 @@ impl PidFile {
         };
         match renamed {
             // `NotFound`: the taker file was removed by hand.
-            Err(error) if matches!(error.kind(), Io::AlreadyExists | Io::NotFound) => return Ok(Attempt::Busy(None)),
+            Err(error) if matches!(error.kind(), Io::AlreadyExists | Io::NotFound) => {
+                return Ok(Attempt::Busy(None));
+            }
             // Windows replaces no file that another process has open, for example to inspect it.
-            Err(error) if cfg!(windows) && error.kind() == Io::PermissionDenied => return Ok(Attempt::Busy(None)),
+            Err(error) if cfg!(windows) && error.kind() == Io::PermissionDenied => {
+                return Ok(Attempt::Busy(None));
+            }
             renamed => renamed.map_err(failed)?,
         }
         step("file named");
@@ -256,7 +279,12 @@ impl PidFile {
             step("file removed");
             return Err(Error::io("set the mode of", &self.path, error));
         }
-        Ok(Attempt::Acquired(PidGuard::new(&self.path, file, written, predecessor)))
+        Ok(Attempt::Acquired(PidGuard::new(
+            &self.path,
+            file,
+            written,
+            predecessor,
+        )))
     }
 
     fn set_final_mode(&self, file: &File) -> io::Result<()> {

@@ -38,10 +38,10 @@ pub(super) fn is_held_here(found: &Metadata) -> bool {
 
 /// A held [`PidFile`](crate::PidFile); dropping it removes the file and releases.
 ///
-/// **A fork** copies the guard. As long as the child does not call [`rewrite`](Self::rewrite), the parent is the owner,
-/// and dropping the child's copy releases nothing. A child that does not become the owner should drop it. If it keeps
-/// the copy and the parent is killed, the file stays locked until the child ends. A program started with exec
-/// inherits nothing.
+/// **A fork** copies the guard. As long as the child does not call [`rewrite`](Self::rewrite), the
+/// parent is the owner, and dropping the child's copy releases nothing. A child that does not
+/// become the owner should drop it. If it keeps the copy and the parent is killed, the file stays
+/// locked until the child ends. A program started with exec inherits nothing.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -64,7 +64,8 @@ pub struct PidGuard {
 }
 
 impl PidGuard {
-    /// Creates the guard of a file that this process has just acquired from the owner that died, if there was one.
+    /// Creates the guard of a file that this process has just acquired from the owner that died, if
+    /// there was one.
     pub(super) fn new(
         path: &Arc<Path>,
         file: ForkGuarded<File>,
@@ -81,14 +82,18 @@ impl PidGuard {
         }
     }
 
-    /// Verifies that the file still exists and has the written content. Until a forked child has called
-    /// [`rewrite`](Self::rewrite), that content names its parent; otherwise it names this process.
+    /// Verifies that the file still exists and has the written content. Until a forked child has
+    /// called [`rewrite`](Self::rewrite), that content names its parent; otherwise it names this
+    /// process.
     ///
     /// # Errors
-    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if another process removed, replaced or rewrote the file.
+    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if another process removed, replaced or
+    ///   rewrote the file.
     /// - [`Io`](ErrorKind::Io) if the file cannot be checked.
     pub fn verify(&self) -> Result<()> {
-        let Some(file) = &self.file else { return Err(self.rogue_deletion()) };
+        let Some(file) = &self.file else {
+            return Err(self.rogue_deletion());
+        };
         let opened = self.reopen_if_closed(file)?;
         self.verify_content(opened.as_ref().unwrap_or(file))
     }
@@ -100,15 +105,19 @@ impl PidGuard {
         }
     }
 
-    /// Opens the file through another descriptor, if the program has closed the guard's. The lock is still held,
-    /// because the file names a live process. A daemon that closes all inherited descriptors is such a program.
+    /// Opens the file through another descriptor, if the program has closed the guard's. The lock
+    /// is still held, because the file names a live process. A daemon that closes all inherited
+    /// descriptors is such a program.
     fn reopen_if_closed(&self, file: &ForkGuarded<File>) -> Result<Option<ForkGuarded<File>>> {
         if file.is_own() {
             return Ok(None);
         }
         let open = |writing| {
             let mut options = OpenOptions::new();
-            options.read(true).write(writing).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
+            options
+                .read(true)
+                .write(writing)
+                .custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
             ForkGuarded::new(|| files::open(&options, &self.path))
         };
         let opened = match open(true) {
@@ -122,20 +131,23 @@ impl PidGuard {
             }
             opened => opened.map_err(|error| Error::io("open", &self.path, error))?,
         };
-        let found = files::metadata_of(&opened).map_err(|error| Error::io("look at", &self.path, error))?;
+        let found =
+            files::metadata_of(&opened).map_err(|error| Error::io("look at", &self.path, error))?;
         match file_id::of_renamed(&found) == self.written.id {
             true => Ok(Some(opened.know_as(self.written.id).keep_across_fork())),
             false => Err(self.rogue_deletion()),
         }
     }
 
-    /// Makes this process the owner, and writes its pid: for the child after a daemon's fork. No other process can
-    /// acquire the lock before, during or after the call, whether the parent still lives or not.
+    /// Makes this process the owner, and writes its pid: for the child after a daemon's fork. No
+    /// other process can acquire the lock before, during or after the call, whether the parent
+    /// still lives or not.
     ///
-    /// After this the parent's copy of the guard releases nothing. Before, it does: the parent should end with
-    /// [`process::exit`](std::process::exit), which drops nothing, or wait for a message from the child. A child that
-    /// closes all inherited descriptors must call this first, or while the parent lives. A file that has no lock, and
-    /// names a process that has ended, is free.
+    /// After this the parent's copy of the guard releases nothing. Before, it does: the parent
+    /// should end with [`process::exit`](std::process::exit), which drops nothing, or wait for a
+    /// message from the child. A child that closes all inherited descriptors must call this first,
+    /// or while the parent lives. A file that has no lock, and names a process that has ended, is
+    /// free.
     ///
     /// ```no_run
     /// # fn fork() -> u32 { 0 }
@@ -149,8 +161,8 @@ impl PidGuard {
     /// ```
     ///
     /// # Errors
-    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if the file was removed or has another content, for example after
-    ///   a release by the parent.
+    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if the file was removed or has another
+    ///   content, for example after a release by the parent.
     /// - [`Io`](ErrorKind::Io) if the file cannot be written.
     ///
     /// On an error the owner is the same as before.
@@ -161,9 +173,9 @@ impl PidGuard {
         Ok(())
     }
 
-    /// Writes another process into the file as its holder, for a supervisor that acquires the lock for a child. The
-    /// guard stays here, and dropping it releases as before. If this process dies first, no other process can acquire
-    /// the lock as long as the named process lives.
+    /// Writes another process into the file as its holder, for a supervisor that acquires the lock
+    /// for a child. The guard stays here, and dropping it releases as before. If this process dies
+    /// first, no other process can acquire the lock as long as the named process lives.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -185,39 +197,45 @@ impl PidGuard {
         self.write(owner)
     }
 
-    /// Verifies the file, and writes `owner`. The pid is written first, which invalidates the previous owner's
-    /// identity. If this process is killed in between, it leaves a file that is judged by its pid and its time.
+    /// Verifies the file, and writes `owner`. The pid is written first, which invalidates the
+    /// previous owner's identity. If this process is killed in between, it leaves a file that is
+    /// judged by its pid and its time.
     fn write(&mut self, owner: &Owner) -> Result<()> {
         let failed = |error| Error::io("write", &self.path, error);
-        let Some(file) = &self.file else { return Err(self.rogue_deletion()) };
+        let Some(file) = &self.file else {
+            return Err(self.rogue_deletion());
+        };
         let opened = self.reopen_if_closed(file)?;
         let file = opened.as_ref().unwrap_or(file);
         self.verify_content(file)?;
         if opened.is_some() {
             // A parent that still lives has the locks, and then the content is enough.
-            write_lock::try_lock(file).and_then(|_| lock_for_others(file)).map_err(failed)?;
+            write_lock::try_lock(file)
+                .and_then(|_| lock_for_others(file))
+                .map_err(failed)?;
         }
         let text = record::content(owner.pid);
         overwrite(file, &text, self.written.text.as_bytes()).map_err(failed)?;
         self.written.text = text;
         // The file already names the owner, so a failure here is ignored.
-        self.written.has_identity = files::metadata_of(file).is_ok_and(|found| set_identity(file, &found, owner));
+        self.written.has_identity =
+            files::metadata_of(file).is_ok_and(|found| set_identity(file, &found, owner));
         self.file = opened.or(self.file.take());
         Ok(())
     }
 
     /// Removes the file, releases the lock, and returns any failure.
     ///
-    /// A process may have given up the rights with which it created the file, and so cannot remove it. Then it leaves a
-    /// blank line in the file, which the next owner takes over at once.
+    /// A process may have given up the rights with which it created the file, and so cannot remove
+    /// it. Then it leaves a blank line in the file, which the next owner takes over at once.
     ///
     /// # Errors
-    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if another process removed, replaced or rewrote the file; a new
-    ///   file in its place stays.
+    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if another process removed, replaced or
+    ///   rewrote the file; a new file in its place stays.
     /// - [`Io`](ErrorKind::Io) if the file cannot be removed.
     ///
-    /// The lock is released all the same, unless the file cannot be read. Then it is unknown whether a forked child has
-    /// taken it over, and the lock stays held until this process ends.
+    /// The lock is released all the same, unless the file cannot be read. Then it is unknown
+    /// whether a forked child has taken it over, and the lock stays held until this process ends.
     pub fn release(mut self) -> Result<()> {
         self.release_lock()
     }
@@ -228,8 +246,11 @@ impl PidGuard {
     }
 
     fn release_lock(&mut self) -> Result<()> {
-        let Some(mut file) = self.file.take() else { return Ok(()) };
-        // The copy shares the open file with the parent's, so closing the copy of a forked child releases nothing.
+        let Some(mut file) = self.file.take() else {
+            return Ok(());
+        };
+        // The copy shares the open file with the parent's, so closing the copy of a forked child
+        // releases nothing.
         if !self.process.is_current() {
             return Ok(());
         }
@@ -238,7 +259,8 @@ impl PidGuard {
         if let Some(opened) = self.reopen_if_closed(&file)? {
             file = opened;
         }
-        // A file that stayed would exclude others for as long as this process lives, so a failed read is repeated once.
+        // A file that stayed would exclude others for as long as this process lives, so a failed
+        // read is repeated once.
         let removed = match self.read(&file).or_else(|_| self.read(&file)) {
             Ok(bytes) if bytes == self.written.text.as_bytes() => self.remove(&file),
             Ok(bytes) => match self.new_owner(&file, &bytes) {
@@ -260,13 +282,22 @@ impl PidGuard {
         removed.and(unlocked.map_err(|error| Error::io("unlock", &self.path, error)))
     }
 
-    /// Returns the live process that has written its pid into the file, if there is one. A process without an identity
-    /// counts as a forked child, unless this guard wrote an identity.
+    /// Returns the live process that has written its pid into the file, if there is one. A process
+    /// without an identity counts as a forked child, unless this guard wrote an identity.
     fn new_owner(&self, file: &File, bytes: &[u8]) -> Option<NewOwner> {
-        let Content::Pids { pids, is_single: true, .. } = record::parse(bytes) else { return None };
+        let Content::Pids {
+            pids,
+            is_single: true,
+            ..
+        } = record::parse(bytes)
+        else {
+            return None;
+        };
         let found = files::metadata_of(file).ok()?;
         match verdict::identity(file, pids[0], &found) {
-            Ok(Some(owner)) => (owner.liveness_by_name() != Liveness::Dead).then_some(NewOwner::ForkedChild),
+            Ok(Some(owner)) => {
+                (owner.liveness_by_name() != Liveness::Dead).then_some(NewOwner::ForkedChild)
+            }
             _ => verdict::living(pids[0], file, &found).map(|_| match self.written.has_identity {
                 true => NewOwner::OtherProcess,
                 false => NewOwner::ForkedChild,
@@ -296,7 +327,10 @@ impl PidGuard {
     }
 
     fn rogue_deletion(&self) -> Error {
-        ErrorKind::RogueDeletion { path: self.path.to_path_buf() }.into()
+        ErrorKind::RogueDeletion {
+            path: self.path.to_path_buf(),
+        }
+        .into()
     }
 }
 

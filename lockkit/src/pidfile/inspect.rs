@@ -16,16 +16,17 @@ use crate::sys::fork::ForkGuarded;
 pub enum PidStatus {
     /// There is no file.
     Absent,
-    /// It names a process that lives, that may live, or that has the file locked. For a file that another program
-    /// wrote, the owner's `acquired` is the time of that write.
+    /// It names a process that lives, that may live, or that has the file locked. For a file that
+    /// another program wrote, the owner's `acquired` is the time of that write.
     Running(Owner),
     /// A process has it locked, and neither the file nor the system identifies that process.
     Locked,
-    /// It names only processes that are proven dead, though a later process may have the pid. This is the first of
-    /// them. The next acquisition takes the file over.
+    /// It names only processes that are proven dead, though a later process may have the pid. This
+    /// is the first of them. The next acquisition takes the file over.
     Stale(Owner),
-    /// It is blank. An acquisition takes it over when it is 2 s old: until then a program may be about to write it. A
-    /// line end alone is what lockkit leaves in a file that it cannot remove, and is taken over at once.
+    /// It is blank. An acquisition takes it over when it is 2 s old: until then a program may be
+    /// about to write it. A line end alone is what lockkit leaves in a file that it cannot remove,
+    /// and is taken over at once.
     Blank {
         /// The time since its last write, by the wall clock; zero for a time in the future.
         age: Duration,
@@ -47,7 +48,12 @@ pub(super) fn inspect(path: &Path) -> Result<PidStatus> {
         if !fs::metadata(path)?.is_file() {
             return Err(not_a_plain_file());
         }
-        ForkGuarded::new(|| files::open(OpenOptions::new().read(true).custom_flags(files::NONBLOCK), path))
+        ForkGuarded::new(|| {
+            files::open(
+                OpenOptions::new().read(true).custom_flags(files::NONBLOCK),
+                path,
+            )
+        })
     };
     let file = match open() {
         Err(error) if error.kind() == Io::NotFound => {
@@ -64,10 +70,16 @@ pub(super) fn inspect(path: &Path) -> Result<PidStatus> {
     };
     let (verdict, _) = verdict::judge(path, &file).map_err(failed)?;
     Ok(match verdict {
-        Verdict::Held { owner: Some(owner), .. } | Verdict::Own(owner) => PidStatus::Running(owner),
+        Verdict::Held {
+            owner: Some(owner), ..
+        }
+        | Verdict::Own(owner) => PidStatus::Running(owner),
         Verdict::Held { owner: None, .. } => PidStatus::Locked,
         Verdict::Stale(owner) => PidStatus::Stale(owner),
-        Verdict::Blank { age, is_young } => PidStatus::Blank { age, is_free: !is_young },
+        Verdict::Blank { age, is_young } => PidStatus::Blank {
+            age,
+            is_free: !is_young,
+        },
         Verdict::Other(rule) => PidStatus::Invalid { rule },
     })
 }

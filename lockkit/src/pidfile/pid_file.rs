@@ -16,31 +16,33 @@ use crate::sys::xattr;
 
 /// A lock on a path whose file contains the holder's pid.
 ///
-/// For daemons: `kill $(cat /run/app.pid)`, systemd's `PIDFile=` and other readers find the pid and a line end, nothing
-/// else. Dropping the guard releases the lock and removes the file. Exactly one later acquisition takes over a file
-/// that a crash left behind. A pidfile that another program wrote, without any lock, counts as held while its process
-/// lives.
+/// For daemons: `kill $(cat /run/app.pid)`, systemd's `PIDFile=` and other readers find the pid and
+/// a line end, nothing else. Dropping the guard releases the lock and removes the file. Exactly one
+/// later acquisition takes over a file that a crash left behind. A pidfile that another program
+/// wrote, without any lock, counts as held while its process lives.
 ///
-/// The extended attribute `user.lockkit` of the file contains the identity of the holder, beyond the pid. On a file
-/// system without such attributes, the file's time and the start time of the process show whether a later process has
-/// the pid. This method has two limits:
+/// The extended attribute `user.lockkit` of the file contains the identity of the holder, beyond
+/// the pid. On a file system without such attributes, the file's time and the start time of the
+/// process show whether a later process has the pid. This method has two limits:
 /// - A pid that was reused within a minute of the file's last write counts as the holder's.
-/// - A clock that was set forward by more than a minute makes a process without a lock on its file look like a later
-///   one.
+/// - A clock that was set forward by more than a minute makes a process without a lock on its file
+///   look like a later one.
 ///
-/// A program that closes descriptors which it did not open, as close_range(2) does, keeps this lock: the file still
-/// names it. No other file of the program is closed. See [the crate page](crate#descriptors-that-the-program-closes).
+/// A program that closes descriptors which it did not open, as close_range(2) does, keeps this
+/// lock: the file still names it. No other file of the program is closed. See [the crate
+/// page](crate#descriptors-that-the-program-closes).
 ///
-/// Do not use it to guard data (use [`FileLock`](crate::FileLock)), or for a single instance that needs no visible file
-/// (use [`NamedLock`](crate::NamedLock)).
+/// Do not use it to guard data (use [`FileLock`](crate::FileLock)), or for a single instance that
+/// needs no visible file (use [`NamedLock`](crate::NamedLock)).
 ///
 /// # Files of other programs
 ///
-/// A file contains one or more pids if it begins with a decimal number. Only white space or blank lines may come before
-/// the number, and white space, a NUL or the end of the file must follow. Such a file is held while any of the
-/// processes may live, and taken over when all are proven dead. A blank file is taken over when it is 2 s old, and a
-/// line end alone at once. Every other file is [`NotAPidFile`](ErrorKind::NotAPidFile) and is not changed, and neither
-/// is a file longer than 4096 bytes.
+/// A file contains one or more pids if it begins with a decimal number. Only white space or blank
+/// lines may come before the number, and white space, a NUL or the end of the file must follow.
+/// Such a file is held while any of the processes may live, and taken over when all are proven
+/// dead. A blank file is taken over when it is 2 s old, and a line end alone at once. Every other
+/// file is [`NotAPidFile`](ErrorKind::NotAPidFile) and is not changed, and neither is a file longer
+/// than 4096 bytes.
 ///
 /// | program | what it writes | how `PidFile` reads it |
 /// |---|---|---|
@@ -61,7 +63,8 @@ use crate::sys::xattr;
 /// | apt, dpkg | nothing, with an fcntl lock while they run | held while they run, and then blank |
 /// | Emacs, Chromium, Firefox | a symbolic link to `user@host.4242:170000`, `host-4242`, `127.0.0.1:+4242` | refused; where a file has this text, no pidfile |
 ///
-/// A number after the pid is taken for another pid, so a file with the time or a port there may count as held.
+/// A number after the pid is taken for another pid, so a file with the time or a port there may
+/// count as held.
 ///
 /// | reader | what it finds in a file of lockkit's |
 /// |---|---|
@@ -75,15 +78,16 @@ use crate::sys::xattr;
 ///
 /// # Security
 ///
-/// Another user that has only read permission cannot delay an acquisition or a release, whatever locks that user takes.
-/// There are two exceptions:
-/// - On systems without locks of open files, such as macOS, FreeBSD and Windows, a reader's flock can.
-/// - A flock counts on a blank file, and on a file that has no identity and names a dead process, if the holder of the
-///   flock may be hidden from this process. The holder may be hidden from a process in a container, and from users
-///   other than root and the file's owner.
+/// Another user that has only read permission cannot delay an acquisition or a release, whatever
+/// locks that user takes. There are two exceptions:
+/// - On systems without locks of open files, such as macOS, FreeBSD and Windows, a reader's flock
+///   can.
+/// - A flock counts on a blank file, and on a file that has no identity and names a dead process,
+///   if the holder of the flock may be hidden from this process. The holder may be hidden from a
+///   process in a container, and from users other than root and the file's owner.
 ///
-/// Keep pidfiles in a directory that others cannot write to. In a directory such as `/tmp`, they can create the file
-/// first, and block you or give a false pid.
+/// Keep pidfiles in a directory that others cannot write to. In a directory such as `/tmp`, they
+/// can create the file first, and block you or give a false pid.
 ///
 /// # Examples
 ///
@@ -126,29 +130,35 @@ impl PidFile {
     /// Creates a lock on the pidfile at `path`. Nothing happens to the file until it is locked.
     ///
     /// # Errors
-    /// [`RelativePath`](ErrorKind::RelativePath) unless the path is absolute, because daemons change their working
-    /// directory.
+    /// [`RelativePath`](ErrorKind::RelativePath) unless the path is absolute, because daemons
+    /// change their working directory.
     pub fn new(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         check_absolute(&path)?;
-        Ok(Self { path: path.into(), mode: None, create_parents: false })
+        Ok(Self {
+            path: path.into(),
+            mode: None,
+            create_parents: false,
+        })
     }
 
-    /// Sets exactly these permissions for the file, whatever the process's umask is. Without this call they are 0644
-    /// less the umask, so that others can read the file.
+    /// Sets exactly these permissions for the file, whatever the process's umask is. Without this
+    /// call they are 0644 less the umask, so that others can read the file.
     ///
-    /// Several users of a shared directory can take over each other's files, as long as they may read the file and
-    /// write the directory. With permissions that let a group or all others write, these users may also use what a
-    /// killed taker left (`.NAME.lockkit`). Without such permissions, only its owner or root can.
+    /// Several users of a shared directory can take over each other's files, as long as they may
+    /// read the file and write the directory. With permissions that let a group or all others
+    /// write, these users may also use what a killed taker left (`.NAME.lockkit`). Without such
+    /// permissions, only its owner or root can.
     ///
-    /// The mode must let the owner read. An acquisition fails with [`InvalidOption`](ErrorKind::InvalidOption)
-    /// otherwise.
+    /// The mode must let the owner read. An acquisition fails with
+    /// [`InvalidOption`](ErrorKind::InvalidOption) otherwise.
     pub fn create_with_mode(mut self, mode: u32) -> Self {
         self.mode = Some(mode);
         self
     }
 
-    /// Creates missing parent directories, too, with mode 0755 less the umask. A release does not remove them.
+    /// Creates missing parent directories, too, with mode 0755 less the umask. A release does not
+    /// remove them.
     pub fn create_parents(mut self) -> Self {
         self.create_parents = true;
         self
@@ -159,11 +169,12 @@ impl PidFile {
         &self.path
     }
 
-    /// Returns whether the open file has the extended attribute in which lockkit keeps the identity of a pidfile's
-    /// owner.
+    /// Returns whether the open file has the extended attribute in which lockkit keeps the identity
+    /// of a pidfile's owner.
     ///
-    /// The attribute distinguishes a pidfile from another file that contains just a number. `false` does not prove that
-    /// the file is no pidfile: other programs write none, and some file systems have no attributes.
+    /// The attribute distinguishes a pidfile from another file that contains just a number. `false`
+    /// does not prove that the file is no pidfile: other programs write none, and some file systems
+    /// have no attributes.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -174,14 +185,16 @@ impl PidFile {
     /// # }
     /// ```
     pub fn has_owner_identity(file: &File) -> bool {
-        xattr::get(file, record::ATTRIBUTE, &mut [0; record::MAX_IDENTITY]).is_ok_and(|found| found.is_some())
+        xattr::get(file, record::ATTRIBUTE, &mut [0; record::MAX_IDENTITY])
+            .is_ok_and(|found| found.is_some())
     }
 
     /// Returns the state of the file at `path`: a snapshot.
     ///
-    /// Changes nothing and waits for no process. It reads at most 4 KiB, and judges as an acquisition does. If the
-    /// file is blank, or names a dead process of another program, it briefly takes a shared flock, to check for another
-    /// process's flock. It follows a symbolic link, which an acquisition refuses.
+    /// Changes nothing and waits for no process. It reads at most 4 KiB, and judges as an
+    /// acquisition does. If the file is blank, or names a dead process of another program, it
+    /// briefly takes a shared flock, to check for another process's flock. It follows a symbolic
+    /// link, which an acquisition refuses.
     ///
     /// ```
     /// use lockkit::{PidFile, PidStatus};
@@ -198,20 +211,25 @@ impl PidFile {
     ///
     /// # Errors
     /// - [`RelativePath`](ErrorKind::RelativePath) unless the path is absolute.
-    /// - [`Io`](ErrorKind::Io) if the file cannot be read, for example without permission, if it is no plain file, or
-    ///   if it is a symbolic link to a file that does not exist.
+    /// - [`Io`](ErrorKind::Io) if the file cannot be read, for example without permission, if it is
+    ///   no plain file, or if it is a symbolic link to a file that does not exist.
     pub fn inspect(path: impl AsRef<Path>) -> Result<PidStatus> {
         let path = path.as_ref();
         check_absolute(path)?;
         inspect::inspect(path)
     }
 
-    /// Calls `make`. If the directory is missing and [`create_parents`](Self::create_parents) is set, creates the
-    /// directory and calls `make` again.
+    /// Calls `make`. If the directory is missing and [`create_parents`](Self::create_parents) is
+    /// set, creates the directory and calls `make` again.
     pub(super) fn with_parents<T>(&self, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
         match (make(), self.path.parent()) {
-            (Err(error), Some(directory)) if error.kind() == Io::NotFound && self.create_parents => {
-                DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+            (Err(error), Some(directory))
+                if error.kind() == Io::NotFound && self.create_parents =>
+            {
+                DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o755)
+                    .create(directory)?;
                 step("directories created");
                 make()
             }
@@ -257,6 +275,9 @@ pub(super) fn label(path: &Path) -> (&'static str, String) {
 fn check_absolute(path: &Path) -> Result<()> {
     match path.is_absolute() {
         true => Ok(()),
-        false => Err(ErrorKind::RelativePath { path: path.to_owned() }.into()),
+        false => Err(ErrorKind::RelativePath {
+            path: path.to_owned(),
+        }
+        .into()),
     }
 }

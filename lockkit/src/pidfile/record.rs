@@ -1,7 +1,8 @@
 //! The content of a pidfile, and the identity of its owner.
 //!
 //! # Content
-//! lockkit writes the pid in decimal and a line end, nothing else. It reads what other programs write ([`parse`]).
+//! lockkit writes the pid in decimal and a line end, nothing else. It reads what other programs
+//! write ([`parse`]).
 //!
 //! # Identity
 //! The extended attribute [`ATTRIBUTE`] of the file:
@@ -17,11 +18,13 @@
 //! | 45 to 52 | time of the file's last write (mtime), in nanoseconds since 1970 |
 //! | 53 to 63 | the beginning of the program's name, 0 to 11 bytes of UTF-8 |
 //!
-//! Numbers are little-endian. ext4 keeps an attribute of up to 64 bytes with this name inside an inode of 256 bytes. A
-//! longer attribute takes its own block, and makes an acquisition take four times as long.
+//! Numbers are little-endian. ext4 keeps an attribute of up to 64 bytes with this name inside an
+//! inode of 256 bytes. A longer attribute takes its own block, and makes an acquisition take four
+//! times as long.
 //!
-//! The attribute is valid only for the content for which it was set: for its pid, and for its time. If a program writes
-//! its own pid into the file, the attribute becomes invalid, even if the pid happens to be the same.
+//! The attribute is valid only for the content for which it was set: for its pid, and for its time.
+//! If a program writes its own pid into the file, the attribute becomes invalid, even if the pid
+//! happens to be the same.
 
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
@@ -67,16 +70,18 @@ pub(super) enum Content {
 ///
 /// - White space at the beginning is skipped, line ends included.
 /// - A decimal number follows, and after it white space, a NUL or the end.
-/// - Further numbers of the line are pids, too, up to the first other word. Further lines count, too, as long as they
-///   contain nothing but numbers. A number that cannot be a pid ends the list.
+/// - Further numbers of the line are pids, too, up to the first other word. Further lines count,
+///   too, as long as they contain nothing but numbers. A number that cannot be a pid ends the list.
 /// - If a host is named with the pid, the process is on that host ([`host_of`]).
-/// - A file of four bytes that ends with a NUL is also read as a binary pid, as old UUCP programs write it. Without a
-///   number it is not blank.
+/// - A file of four bytes that ends with a NUL is also read as a binary pid, as old UUCP programs
+///   write it. Without a number it is not blank.
 pub(super) fn parse(bytes: &[u8]) -> Content {
     if bytes.len() > MAX_LENGTH {
         return Content::Other("it is longer than 4096 bytes");
     }
-    let Some(begin) = bytes.iter().position(|byte| !is_space(*byte)) else { return Content::Blank };
+    let Some(begin) = bytes.iter().position(|byte| !is_space(*byte)) else {
+        return Content::Blank;
+    };
     if bytes.iter().all(|byte| is_space(*byte) || *byte == 0) {
         return match bytes.len() == 4 && !bytes.iter().all(|byte| *byte == 0) {
             true => Content::Other("it may contain a pid in binary, as old UUCP programs write it"),
@@ -87,7 +92,12 @@ pub(super) fn parse(bytes: &[u8]) -> Content {
     // A C string ends at its NUL, whatever follows in its buffer.
     let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
     let lines: Vec<_> = text.split(|byte| *byte == b'\n').map(words).collect();
-    let numbers = |words: &[&[u8]]| words.iter().map_while(|word| pid(word).ok()).collect::<Vec<_>>();
+    let numbers = |words: &[&[u8]]| {
+        words
+            .iter()
+            .map_while(|word| pid(word).ok())
+            .collect::<Vec<_>>()
+    };
     let mut pids = Vec::new();
     for words in lines.iter().filter(|words| !words.is_empty()) {
         let more = numbers(words);
@@ -104,20 +114,29 @@ pub(super) fn parse(bytes: &[u8]) -> Content {
         let first = lines[0].first().copied().unwrap_or_default();
         return Content::Other(pid(first).err().unwrap_or_default());
     }
-    let foreign_host = if begin == 0 { host_of(&lines).filter(|host| is_foreign(host)) } else { None };
+    let foreign_host = if begin == 0 {
+        host_of(&lines).filter(|host| is_foreign(host))
+    } else {
+        None
+    };
     let foreign_host = foreign_host.map(|host| String::from_utf8_lossy(host).into_owned());
     if let [one, two, three, 0] = *bytes {
         let binary = u32::from_ne_bytes([one, two, three, 0]);
         pids.extend((1..=process::MAX_PID).contains(&binary).then_some(binary));
     }
     let is_single = pids.len() == 1 && text.trim_ascii().len() == lines[0][0].len();
-    Content::Pids { pids, is_single, foreign_host }
+    Content::Pids {
+        pids,
+        is_single,
+        foreign_host,
+    }
 }
 
 /// Returns the host of the process, if the file names one:
-/// - After the pid in the only line, as git and shell scripts write it. UUCP programs write their own name there, and
-///   blanks before the pid.
-/// - In the third line of three or five, after the pid and the program, as QLockFile of Qt writes it.
+/// - After the pid in the only line, as git and shell scripts write it. UUCP programs write their
+///   own name there, and blanks before the pid.
+/// - In the third line of three or five, after the pid and the program, as QLockFile of Qt writes
+///   it.
 fn host_of<'t>(lines: &[Vec<&'t [u8]>]) -> Option<&'t [u8]> {
     let end = lines.iter().rposition(|words| !words.is_empty())? + 1;
     match &lines[..end] {
@@ -125,10 +144,12 @@ fn host_of<'t>(lines: &[Vec<&'t [u8]>]) -> Option<&'t [u8]> {
             [_, host] => Some(host),
             _ => None,
         },
-        [first, _, third, rest @ ..] if first.len() == 1 && [0, 2].contains(&rest.len()) => match third[..] {
-            [host] => Some(host),
-            _ => None,
-        },
+        [first, _, third, rest @ ..] if first.len() == 1 && [0, 2].contains(&rest.len()) => {
+            match third[..] {
+                [host] => Some(host),
+                _ => None,
+            }
+        }
         _ => None,
     }
 }
@@ -139,7 +160,9 @@ fn is_space(byte: u8) -> bool {
 }
 
 fn words(line: &[u8]) -> Vec<&[u8]> {
-    line.split(|byte| is_space(*byte)).filter(|word| !word.is_empty()).collect()
+    line.split(|byte| is_space(*byte))
+        .filter(|word| !word.is_empty())
+        .collect()
 }
 
 fn pid(word: &[u8]) -> Result<u32, &'static str> {
@@ -147,7 +170,10 @@ fn pid(word: &[u8]) -> Result<u32, &'static str> {
         return Err("it must begin with a pid, in decimal digits");
     }
     let beyond = "no process has a pid so large";
-    let pid = std::str::from_utf8(word).ok().and_then(|word| word.parse().ok()).ok_or(beyond)?;
+    let pid = std::str::from_utf8(word)
+        .ok()
+        .and_then(|word| word.parse().ok())
+        .ok_or(beyond)?;
     match pid {
         0 => Err("no process has the pid 0"),
         1..=process::MAX_PID => Ok(pid),
@@ -155,12 +181,16 @@ fn pid(word: &[u8]) -> Result<u32, &'static str> {
     }
 }
 
-/// Returns whether the word may be the name or the address of another host. A number, a date, an option and a path are
-/// not.
+/// Returns whether the word may be the name or the address of another host. A number, a date, an
+/// option and a path are not.
 fn is_foreign(word: &[u8]) -> bool {
-    let is_name = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':') || *byte > 127;
+    let is_name = |byte: &u8| {
+        byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':') || *byte > 127
+    };
     let is_letter = |byte: &u8| byte.is_ascii_alphabetic() || *byte > 127;
-    let begins = word.first().is_some_and(|first| first.is_ascii_alphanumeric() || *first > 127);
+    let begins = word
+        .first()
+        .is_some_and(|first| first.is_ascii_alphanumeric() || *first > 127);
     let may_be_host = begins && word.iter().all(is_name) && word.iter().any(is_letter);
     let is_address = || std::str::from_utf8(word).is_ok_and(|word| word.parse::<IpAddr>().is_ok());
     (may_be_host || is_address()) && !word.eq_ignore_ascii_case(process::host_name().as_bytes())
@@ -171,8 +201,8 @@ pub(super) fn content(pid: u32) -> String {
     format!("{pid}\n")
 }
 
-/// Returns the identity of `owner`, for a file that was last written at `written`. Returns `None` if the owner is not
-/// known completely.
+/// Returns the identity of `owner`, for a file that was last written at `written`. Returns `None`
+/// if the owner is not known completely.
 pub(super) fn identity(owner: &Owner, written: SystemTime) -> Option<Vec<u8>> {
     let mut bytes = vec![VERSION];
     bytes.extend(owner.pid.to_le_bytes());
@@ -190,7 +220,8 @@ pub(super) fn identity(owner: &Owner, written: SystemTime) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Reads an identity that is valid for a file that contains `pid` and was last written at `written`.
+/// Reads an identity that is valid for a file that contains `pid` and was last written at
+/// `written`.
 pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Option<Owner> {
     if bytes.len() > MAX_IDENTITY || *bytes.first()? != VERSION {
         return None;
@@ -203,7 +234,10 @@ pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Opti
         _ => format!("{:016x}", number(37)?),
     };
     let program = std::str::from_utf8(bytes.get(PROGRAM_OFFSET..)?).ok()?;
-    let program: String = program.chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect();
+    let program: String = program
+        .chars()
+        .map(|letter| if letter.is_control() { '?' } else { letter })
+        .collect();
     is_right.then_some(Owner {
         pid,
         start: number(5),
@@ -218,11 +252,21 @@ pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Opti
 /// Returns whether the identity had no room for the whole name of the program.
 pub(super) fn is_program_cut(owner: &Owner) -> bool {
     // A character takes up to four bytes.
-    owner.program.as_ref().is_none_or(|program| program.len() + 4 > MAX_IDENTITY - PROGRAM_OFFSET)
+    owner
+        .program
+        .as_ref()
+        .is_none_or(|program| program.len() + 4 > MAX_IDENTITY - PROGRAM_OFFSET)
 }
 
 fn nanos(moment: SystemTime) -> Option<u64> {
-    u64::try_from(moment.duration_since(SystemTime::UNIX_EPOCH).ok().as_ref().map(Duration::as_nanos)?).ok()
+    u64::try_from(
+        moment
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .ok()
+            .as_ref()
+            .map(Duration::as_nanos)?,
+    )
+    .ok()
 }
 
 #[cfg(test)]
@@ -252,13 +296,21 @@ mod tests {
     #[test]
     fn identity_of_longest_program_fits_and_is_valid_text() {
         let mut owner = Owner::current();
-        for program in ["x".repeat(5000), "\u{665}".repeat(50), "a\nstart 1".to_owned(), String::new()] {
+        for program in [
+            "x".repeat(5000),
+            "\u{665}".repeat(50),
+            "a\nstart 1".to_owned(),
+            String::new(),
+        ] {
             owner.program = Some(program.clone());
             let bytes = identity(&owner, written()).unwrap();
             assert!(bytes.len() <= MAX_IDENTITY, "{}", bytes.len());
             let read = read_identity(&bytes, owner.pid, written()).unwrap();
             let shown = read.program().unwrap_or_default();
-            assert!(!shown.contains('\n') && program.replace('\n', "?").starts_with(shown), "{shown}");
+            assert!(
+                !shown.contains('\n') && program.replace('\n', "?").starts_with(shown),
+                "{shown}"
+            );
             assert!(program.len() < 11 || is_program_cut(&read));
         }
     }
@@ -284,9 +336,16 @@ mod tests {
         let owner = Owner::current();
         let bytes = identity(&owner, written()).unwrap();
         assert_eq!(read_identity(&bytes, owner.pid + 1, written()), None);
-        assert_eq!(read_identity(&bytes, owner.pid, written() + Duration::from_micros(1)), None);
+        assert_eq!(
+            read_identity(&bytes, owner.pid, written() + Duration::from_micros(1)),
+            None
+        );
         for end in 0..PROGRAM_OFFSET {
-            assert_eq!(read_identity(&bytes[..end], owner.pid, written()), None, "{end} bytes");
+            assert_eq!(
+                read_identity(&bytes[..end], owner.pid, written()),
+                None,
+                "{end} bytes"
+            );
         }
         let mut other = bytes.clone();
         other[0] = 2;
@@ -320,15 +379,35 @@ mod tests {
             ("42\0\0\0\0", 42),
         ] {
             let found = parse(text.as_bytes());
-            assert_eq!(found, Content::Pids { pids: vec![pid], is_single: true, foreign_host: None }, "{text:?}");
+            assert_eq!(
+                found,
+                Content::Pids {
+                    pids: vec![pid],
+                    is_single: true,
+                    foreign_host: None
+                },
+                "{text:?}"
+            );
         }
     }
 
     #[test]
     fn parse_of_text_behind_the_pid_is_the_pid() {
-        for text in ["42\n/var/lib/postgresql\n1700000000\n", "42 /usr/sbin/sendmail -bd\n", "42\tminicom root\n"] {
+        for text in [
+            "42\n/var/lib/postgresql\n1700000000\n",
+            "42 /usr/sbin/sendmail -bd\n",
+            "42\tminicom root\n",
+        ] {
             let found = parse(text.as_bytes());
-            assert_eq!(found, Content::Pids { pids: vec![42], is_single: false, foreign_host: None }, "{text:?}");
+            assert_eq!(
+                found,
+                Content::Pids {
+                    pids: vec![42],
+                    is_single: false,
+                    foreign_host: None
+                },
+                "{text:?}"
+            );
         }
     }
 
@@ -347,13 +426,20 @@ mod tests {
     #[test]
     fn parse_of_pid_and_host_tells_this_host_from_others() {
         let host = |text: &str| match parse(text.as_bytes()) {
-            Content::Pids { pids, foreign_host, .. } => {
+            Content::Pids {
+                pids, foreign_host, ..
+            } => {
                 assert_eq!(pids, [42], "{text:?}");
                 foreign_host
             }
             other => panic!("{text:?}: {other:?}"),
         };
-        for text in ["42 elsewhere", "42 elsewhere\n", "42\nkate\nelsewhere\n", "42\na b\nelsewhere\n0f\n1e\n"] {
+        for text in [
+            "42 elsewhere",
+            "42 elsewhere\n",
+            "42\nkate\nelsewhere\n",
+            "42\na b\nelsewhere\n0f\n1e\n",
+        ] {
             assert_eq!(host(text).as_deref(), Some("elsewhere"), "{text:?}");
         }
         for name in ["elsewhere.example.org", "10.0.0.7", "fe80::1", "7up"] {
@@ -396,7 +482,15 @@ mod tests {
 
     #[test]
     fn parse_of_white_space_and_nuls_is_blank() {
-        for text in ["", "\n", " \t\r\n\n", "\0\0\0\0", "\0\n", "\n\0", "\n\n\n\0\0"] {
+        for text in [
+            "",
+            "\n",
+            " \t\r\n\n",
+            "\0\0\0\0",
+            "\0\n",
+            "\n\0",
+            "\n\n\n\0\0",
+        ] {
             assert_eq!(parse(text.as_bytes()), Content::Blank, "{text:?}");
         }
     }
@@ -427,7 +521,9 @@ mod tests {
             (&long, "so large"),
             (&longer, "longer than"),
         ] {
-            let Content::Other(broken) = parse(text.as_bytes()) else { panic!("{text:?} is a pid") };
+            let Content::Other(broken) = parse(text.as_bytes()) else {
+                panic!("{text:?} is a pid")
+            };
             assert!(broken.contains(rule), "{text:?}: {broken}");
         }
     }

@@ -13,8 +13,8 @@ use crate::sys::failpoint::step;
 use crate::sys::{files, write_lock};
 
 impl PidFile {
-    /// Removes the file at `path` if it is stale, and returns whether it did. It excludes other takers meanwhile, so it
-    /// never removes the file of a process that has just taken it over.
+    /// Removes the file at `path` if it is stale, and returns whether it did. It excludes other
+    /// takers meanwhile, so it never removes the file of a process that has just taken it over.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -26,7 +26,8 @@ impl PidFile {
     ///
     /// # Errors
     /// - [`RelativePath`](crate::ErrorKind::RelativePath) unless the path is absolute.
-    /// - [`NotAPidFile`](crate::ErrorKind::NotAPidFile) for a file that contains something other than a pid.
+    /// - [`NotAPidFile`](crate::ErrorKind::NotAPidFile) for a file that contains something other
+    ///   than a pid.
     /// - [`Insecure`](crate::ErrorKind::Insecure) for a symbolic or hard link.
     /// - [`Io`](crate::ErrorKind::Io) if the file cannot be read or removed.
     pub fn remove_stale(path: impl Into<PathBuf>) -> Result<bool> {
@@ -44,7 +45,9 @@ impl PidFile {
                 TakerLock::Busy(Some(error)) => return Err(error),
                 TakerLock::Busy(None) => break,
             };
-            let Some(existing) = pid_file.stale()? else { break };
+            let Some(existing) = pid_file.stale()? else {
+                break;
+            };
             if is_at(path, &existing.file)? {
                 fs::remove_file(path).map_err(failed)?;
                 step("stale file removed");
@@ -55,7 +58,8 @@ impl PidFile {
         Ok(false)
     }
 
-    /// Returns whether [`remove_stale`](Self::remove_stale) would remove the file at `path` now. Changes nothing.
+    /// Returns whether [`remove_stale`](Self::remove_stale) would remove the file at `path` now.
+    /// Changes nothing.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -64,15 +68,19 @@ impl PidFile {
     /// ```
     ///
     /// # Errors
-    /// As [`remove_stale`](Self::remove_stale); also [`Io`](crate::ErrorKind::Io) if this process may not remove the
-    /// file.
+    /// As [`remove_stale`](Self::remove_stale); also [`Io`](crate::ErrorKind::Io) if this process
+    /// may not remove the file.
     pub fn is_stale(path: impl Into<PathBuf>) -> Result<bool> {
         let pid_file = Self::new(path)?;
-        let Some(existing) = pid_file.stale()? else { return Ok(false) };
+        let Some(existing) = pid_file.stale()? else {
+            return Ok(false);
+        };
         files::check_removable(pid_file.directory(), &existing.metadata)
             .map_err(|error| Error::io("remove", &pid_file.path, error))?;
         let taker = pid_file.taker_path();
-        let Some(file) = pid_file.open_taker_file(&taker)? else { return Ok(true) };
+        let Some(file) = pid_file.open_taker_file(&taker)? else {
+            return Ok(true);
+        };
         let failed = |error| Error::io("look at", &taker, error);
         // A taker that holds its file for so long is stopped.
         let (mut backoff, since) = (Backoff::new(), Instant::now());

@@ -1,4 +1,5 @@
-//! The taker file `.NAME.lockkit`, by which the processes that replace a pidfile exclude each other.
+//! The taker file `.NAME.lockkit`, by which the processes that replace a pidfile exclude each
+//! other.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -16,8 +17,8 @@ use crate::sys::files::{self, Metadata, MetadataExt, OpenOptionsExt};
 use crate::sys::fork::ForkGuarded;
 use crate::sys::{flock, fnv, write_lock};
 
-/// How long a call that does not wait for the lock waits for another taker. A taker that is not stopped needs
-/// microseconds.
+/// How long a call that does not wait for the lock waits for another taker. A taker that is not
+/// stopped needs microseconds.
 pub(super) const TAKER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The result of a try to exclude all other takers.
@@ -27,7 +28,8 @@ pub(super) enum TakerLock {
     Busy(Option<Error>),
 }
 
-/// The taker file, whose write lock this process has. A drop removes the file while it is still locked.
+/// The taker file, whose write lock this process has. A drop removes the file while it is still
+/// locked.
 pub(super) struct TakerFile {
     name: TakerName,
     pub(super) file: ForkGuarded<File>,
@@ -60,15 +62,17 @@ impl Drop for TakerName {
     }
 }
 
-/// The taker file, and whether this process created it; or the fact that another taker is at work, with the error that
-/// shows it.
+/// The taker file, and whether this process created it; or the fact that another taker is at work,
+/// with the error that shows it.
 type OpenedTakerFile = std::result::Result<(ForkGuarded<File>, bool), Option<Error>>;
 
 impl PidFile {
-    /// Excludes all other takers. `action` is what the taker is about to do to the file, for errors.
+    /// Excludes all other takers. `action` is what the taker is about to do to the file, for
+    /// errors.
     ///
-    /// A process changes, moves and removes the taker file only if it has the write lock and the name leads to that
-    /// file. Only users that may write the pidfile can open the taker file, so no other user can have a lock on it.
+    /// A process changes, moves and removes the taker file only if it has the write lock and the
+    /// name leads to that file. Only users that may write the pidfile can open the taker file, so
+    /// no other user can have a lock on it.
     pub(super) fn lock_taker_file(&self, action: &'static str) -> Result<TakerLock> {
         let path = self.taker_path();
         let shared = self.mode.unwrap_or_default() & 0o022;
@@ -94,7 +98,13 @@ impl PidFile {
             return Ok(TakerLock::Busy(None));
         }
         let found = self.check_taker_file(&path, &file)?;
-        let taker_file = TakerFile { name: TakerName { path, is_renamed: false }, file };
+        let taker_file = TakerFile {
+            name: TakerName {
+                path,
+                is_renamed: false,
+            },
+            file,
+        };
         if !files::is_owned_by_user(&found) {
             // Another user's process left it. The drop of `taker_file` removes it.
             return Ok(TakerLock::Busy(None));
@@ -112,9 +122,19 @@ impl PidFile {
     }
 
     /// Opens the taker file, or creates it.
-    fn open_or_create_taker_file(&self, action: &'static str, path: &Path, mode: u32) -> Result<OpenedTakerFile> {
+    fn open_or_create_taker_file(
+        &self,
+        action: &'static str,
+        path: &Path,
+        mode: u32,
+    ) -> Result<OpenedTakerFile> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(mode).custom_flags(files::NOFOLLOW | files::NONBLOCK);
+        options
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .custom_flags(files::NOFOLLOW | files::NONBLOCK);
         let created = self.with_parents(|| ForkGuarded::new(|| files::create(&options, path)));
         match created {
             Ok(file) => {
@@ -137,13 +157,21 @@ impl PidFile {
         // The check comes first, because the open of a FIFO or a device may have side effects.
         match files::symlink_metadata(path) {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
-            found => check_plain_taker(path, &found.map_err(|error| Error::io("look at", path, error))?)?,
+            found => check_plain_taker(
+                path,
+                &found.map_err(|error| Error::io("look at", path, error))?,
+            )?,
         }
         let mut options = OpenOptions::new();
-        options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(files::NOFOLLOW | files::NONBLOCK);
         match ForkGuarded::new(|| files::open(&options, path)) {
             Err(error) if error.kind() == Io::NotFound => Ok(None),
-            opened => opened.map(Some).map_err(|error| Error::io("open", path, error)),
+            opened => opened
+                .map(Some)
+                .map_err(|error| Error::io("open", path, error)),
         }
     }
 
@@ -153,11 +181,18 @@ impl PidFile {
         check_plain_taker(path, &found)?;
         let bytes = verdict::read(file).map_err(|error| Error::io("read", path, error))?;
         match record::parse(&bytes) {
-            Content::Blank | Content::Pids { is_single: true, .. } => Ok(found),
+            Content::Blank
+            | Content::Pids {
+                is_single: true, ..
+            } => Ok(found),
             _ => {
                 let problem = "it contains something other than a pid, and lockkit uses this name for the file that \
                                serializes takeovers of a pidfile; move it away";
-                Err(ErrorKind::Insecure { path: path.to_owned(), problem }.into())
+                Err(ErrorKind::Insecure {
+                    path: path.to_owned(),
+                    problem,
+                }
+                .into())
             }
         }
     }
@@ -167,7 +202,8 @@ impl PidFile {
         files::symlink_metadata(&self.taker_path()).is_ok()
     }
 
-    /// Returns `.NAME.lockkit` in the directory of the file; a hash replaces a name that would be too long.
+    /// Returns `.NAME.lockkit` in the directory of the file; a hash replaces a name that would be
+    /// too long.
     pub(super) fn taker_path(&self) -> PathBuf {
         /// The limit of Linux and most other systems, in bytes.
         const NAME_MAX: usize = 255;
@@ -176,7 +212,11 @@ impl PidFile {
         own.push(name);
         own.push(".lockkit");
         if own.len() > NAME_MAX {
-            own = format!(".{:016x}.lockkit", fnv::of_bytes(name.to_string_lossy().as_bytes())).into();
+            own = format!(
+                ".{:016x}.lockkit",
+                fnv::of_bytes(name.to_string_lossy().as_bytes())
+            )
+            .into();
         }
         self.directory().join(own)
     }
@@ -187,6 +227,10 @@ fn check_plain_taker(path: &Path, found: &Metadata) -> Result<()> {
                    takeovers of a pidfile; remove it";
     match found.is_file() && found.nlink() <= 1 {
         true => Ok(()),
-        false => Err(ErrorKind::Insecure { path: path.to_owned(), problem }.into()),
+        false => Err(ErrorKind::Insecure {
+            path: path.to_owned(),
+            problem,
+        }
+        .into()),
     }
 }

@@ -1,4 +1,5 @@
-//! Judges whether a pidfile is held. Acquisitions, [`PidFile::inspect`] and removals share this code.
+//! Judges whether a pidfile is held. Acquisitions, [`PidFile::inspect`] and removals share this
+//! code.
 //!
 //! | the file | verdict |
 //! |---|---|
@@ -10,12 +11,12 @@
 //! | it is blank | held for [`BLANK_GRACE_PERIOD`], because a program may be about to write; then free. One line end is free at once |
 //! | it contains anything else | no pidfile |
 //!
-//! A flock of a trusted process counts on a blank file, and on a file that names only dead processes of other programs:
-//! the file is held. The reason: pidfile(3) of BSD creates and locks the file long before it writes the pid, and
-//! children keep the lock.
+//! A flock of a trusted process counts on a blank file, and on a file that names only dead
+//! processes of other programs: the file is held. The reason: pidfile(3) of BSD creates and locks
+//! the file long before it writes the pid, and children keep the lock.
 //!
-//! The write lock is checked before the content. A holder acquires it only on a new file. So once it is free, no owner
-//! of lockkit's changes the file any more.
+//! The write lock is checked before the content. A holder acquires it only on a new file. So once
+//! it is free, no owner of lockkit's changes the file any more.
 //!
 //! [`PidFile::inspect`]: crate::PidFile::inspect
 
@@ -34,8 +35,9 @@ use crate::sys::{tmpfile, write_lock, xattr};
 /// For this long after its last write, a blank file may be about to be written.
 const BLANK_GRACE_PERIOD: Duration = Duration::from_secs(2);
 
-/// A pid counts as reused if its process started at least this long after the last write of the file. The two times
-/// come from different clocks, and one of these clocks is set from time to time.
+/// A pid counts as reused if its process started at least this long after the last write of the
+/// file. The two times come from different clocks, and one of these clocks is set from time to
+/// time.
 const REUSE_MARGIN: Duration = Duration::from_secs(60);
 
 /// The meaning of a file for a process that wants the lock.
@@ -69,23 +71,43 @@ pub(super) fn judge(path: &Path, file: &File) -> io::Result<(Verdict, Vec<u8>)> 
     let verdict = match record::parse(&bytes) {
         content if lock.is_some() => {
             let owner = owner_of_locked(lock.unwrap_or_default(), &content, file, &found)?;
-            Verdict::Held { owner, by_lock: true }
+            Verdict::Held {
+                owner,
+                by_lock: true,
+            }
         }
         Content::Other(rule) => Verdict::Other(rule),
         Content::Blank => match foreign_flock::holder(path, file, &found)? {
-            Some(owner) => Verdict::Held { owner, by_lock: false },
+            Some(owner) => Verdict::Held {
+                owner,
+                by_lock: false,
+            },
             None => Verdict::Blank {
                 age: age(&found).unwrap_or_default(),
                 is_young: bytes != record::BLANK.as_bytes() && is_young(&found),
             },
         },
-        Content::Pids { pids, is_single, foreign_host } => {
-            let identity = if is_single { identity(file, pids[0], &found)? } else { None };
+        Content::Pids {
+            pids,
+            is_single,
+            foreign_host,
+        } => {
+            let identity = if is_single {
+                identity(file, pids[0], &found)?
+            } else {
+                None
+            };
             match (identity, foreign_host) {
                 (Some(owner), _) => judge_owner(owner),
                 (None, Some(host)) => {
-                    let owner = Owner { host: Some(host), ..Owner::unknown(pids[0]) };
-                    Verdict::Held { owner: Some(with_time_of_write(owner, &found)), by_lock: false }
+                    let owner = Owner {
+                        host: Some(host),
+                        ..Owner::unknown(pids[0])
+                    };
+                    Verdict::Held {
+                        owner: Some(with_time_of_write(owner, &found)),
+                        by_lock: false,
+                    }
                 }
                 (None, None) => judge_pids(&pids, path, file, &found)?,
             }
@@ -94,17 +116,22 @@ pub(super) fn judge(path: &Path, file: &File) -> io::Result<(Verdict, Vec<u8>)> 
     Ok((verdict, bytes))
 }
 
-/// Judges a file with an identity and without a write lock. An owner that has executed another program (exec), or has
-/// closed its descriptors, has lost the lock and holds the file all the same.
+/// Judges a file with an identity and without a write lock. An owner that has executed another
+/// program (exec), or has closed its descriptors, has lost the lock and holds the file all the
+/// same.
 fn judge_owner(owner: Owner) -> Verdict {
     if owner.is_this_process() {
         return Verdict::Own(owner);
     }
     match owner.liveness_by_name() {
         Liveness::Dead => Verdict::Stale(owner),
-        // Such an owner had the write lock on this kernel, and the lock is free: a container was killed.
+        // Such an owner had the write lock on this kernel, and the lock is free: a container was
+        // killed.
         Liveness::Unknown if owner.is_of_another_namespace() => Verdict::Stale(owner),
-        Liveness::Alive | Liveness::Unknown => Verdict::Held { owner: Some(with_whole_program(owner)), by_lock: false },
+        Liveness::Alive | Liveness::Unknown => Verdict::Held {
+            owner: Some(with_whole_program(owner)),
+            by_lock: false,
+        },
     }
 }
 
@@ -113,21 +140,40 @@ fn judge_pids(pids: &[u32], path: &Path, file: &File, found: &Metadata) -> io::R
     let own = std::process::id();
     let others = pids.iter().filter(|pid| **pid != own);
     if let Some(owner) = others.filter_map(|pid| living(*pid, file, found)).next() {
-        return Ok(Verdict::Held { owner: Some(with_time_of_write(owner, found)), by_lock: false });
+        return Ok(Verdict::Held {
+            owner: Some(with_time_of_write(owner, found)),
+            by_lock: false,
+        });
     }
     if pids.contains(&own) {
         return Ok(Verdict::Own(with_time_of_write(Owner::current(), found)));
     }
     Ok(match foreign_flock::holder(path, file, found)? {
-        Some(owner) => Verdict::Held { owner, by_lock: false },
+        Some(owner) => Verdict::Held {
+            owner,
+            by_lock: false,
+        },
         None => Verdict::Stale(with_time_of_write(Owner::ended(pids[0]), found)),
     })
 }
 
-/// Returns the holder of a write-locked file. The process `pid` has the lock; the kernel may not name the process.
-fn owner_of_locked(pid: u32, content: &Content, file: &File, found: &Metadata) -> io::Result<Option<Owner>> {
-    if let Content::Pids { pids, is_single, .. } = content {
-        let identity = if *is_single { identity(file, pids[0], found)? } else { None };
+/// Returns the holder of a write-locked file. The process `pid` has the lock; the kernel may not
+/// name the process.
+fn owner_of_locked(
+    pid: u32,
+    content: &Content,
+    file: &File,
+    found: &Metadata,
+) -> io::Result<Option<Owner>> {
+    if let Content::Pids {
+        pids, is_single, ..
+    } = content
+    {
+        let identity = if *is_single {
+            identity(file, pids[0], found)?
+        } else {
+            None
+        };
         if let Some(owner) = identity {
             return Ok(Some(with_whole_program(owner)));
         }
@@ -141,8 +187,13 @@ fn owner_of_locked(pid: u32, content: &Content, file: &File, found: &Metadata) -
 /// Returns the owner from the attribute of a file that contains `pid`.
 pub(super) fn identity(file: &File, pid: u32, found: &Metadata) -> io::Result<Option<Owner>> {
     let mut buffer = [0; record::MAX_IDENTITY];
-    let Some(bytes) = xattr::get(file, record::ATTRIBUTE, &mut buffer)? else { return Ok(None) };
-    Ok(found.modified().ok().and_then(|written| record::read_identity(bytes, pid, written)))
+    let Some(bytes) = xattr::get(file, record::ATTRIBUTE, &mut buffer)? else {
+        return Ok(None);
+    };
+    Ok(found
+        .modified()
+        .ok()
+        .and_then(|written| record::read_identity(bytes, pid, written)))
 }
 
 /// Returns the owner, with the whole name of its program while it lives.
@@ -155,14 +206,21 @@ fn with_whole_program(mut owner: Owner) -> Owner {
 
 /// Returns the time since the last write of the file, and `None` for a time in the future.
 fn age(found: &Metadata) -> Option<Duration> {
-    SystemTime::now().duration_since(found.modified().ok()?).ok()
+    SystemTime::now()
+        .duration_since(found.modified().ok()?)
+        .ok()
 }
 
-/// Returns whether the file was written less than [`BLANK_GRACE_PERIOD`] ago. A file server's clock may be ahead of
-/// this one by the same time. A time further in the future is a fault of a clock, and does not count.
+/// Returns whether the file was written less than [`BLANK_GRACE_PERIOD`] ago. A file server's clock
+/// may be ahead of this one by the same time. A time further in the future is a fault of a clock,
+/// and does not count.
 fn is_young(found: &Metadata) -> bool {
-    let Ok(written) = found.modified() else { return false };
-    let distance = SystemTime::now().duration_since(written).unwrap_or_else(|ahead| ahead.duration());
+    let Ok(written) = found.modified() else {
+        return false;
+    };
+    let distance = SystemTime::now()
+        .duration_since(written)
+        .unwrap_or_else(|ahead| ahead.duration());
     distance < BLANK_GRACE_PERIOD
 }
 
@@ -176,17 +234,23 @@ pub(super) fn living(pid: u32, file: &File, found: &Metadata) -> Option<Owner> {
     (!is_later).then(|| Owner::read(pid, start))
 }
 
-/// Returns whether a process with this start time is later than the file, as far as the clocks show.
+/// Returns whether a process with this start time is later than the file, as far as the clocks
+/// show.
 fn started_later(start: u64, file: &File, found: &Metadata) -> Option<bool> {
     let written = found.modified().ok()?;
-    // No file in memory is older than the boot: the clock was set forward since, and proves nothing.
+    // No file in memory is older than the boot: the clock was set forward since, and proves
+    // nothing.
     let clock_was_set = written < process::booted_at()? && tmpfile::is_in_memory(file);
     Some(!clock_was_set && process::started_at(start)? > written.checked_add(REUSE_MARGIN)?)
 }
 
-/// Returns the owner of a file that another program wrote. Its time of acquisition is that of the write.
+/// Returns the owner of a file that another program wrote. Its time of acquisition is that of the
+/// write.
 fn with_time_of_write(owner: Owner, found: &Metadata) -> Owner {
-    Owner { acquired: found.modified().ok(), ..owner }
+    Owner {
+        acquired: found.modified().ok(),
+        ..owner
+    }
 }
 
 /// Returns the beginning of a file, up to a byte more than [`record::MAX_LENGTH`].
@@ -205,7 +269,8 @@ pub(super) fn read(file: &File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads like [`read`], until two reads are equal: not every file system makes a read and a write atomic.
+/// Reads like [`read`], until two reads are equal: not every file system makes a read and a write
+/// atomic.
 fn read_settled(file: &File) -> io::Result<Vec<u8>> {
     const MAX_READS: u32 = 8;
     let mut bytes = read(file)?;

@@ -28,10 +28,15 @@ pub(super) fn write_owner(path: &Path, file: &File, owner: &Owner) -> Result<Wri
     // The file is new, so no other process can have a flock on it.
     lock_for_others(file).map_err(|error| Error::io("lock", path, error))?;
     let text = record::content(owner.pid);
-    file.write_all_at(text.as_bytes(), 0).map_err(|error| Error::io("write", path, error))?;
+    file.write_all_at(text.as_bytes(), 0)
+        .map_err(|error| Error::io("write", path, error))?;
     step("pid written");
     let found = files::metadata_of(file).map_err(|error| Error::io("look at", path, error))?;
-    Ok(WrittenFile { text, has_identity: set_identity(file, &found, owner), id: file_id::of_renamed(&found) })
+    Ok(WrittenFile {
+        text,
+        has_identity: set_identity(file, &found, owner),
+        id: file_id::of_renamed(&found),
+    })
 }
 
 /// Acquires the flock if it is free, for programs that use no other lock.
@@ -42,15 +47,19 @@ pub(super) fn lock_for_others(file: &File) -> io::Result<()> {
     }
 }
 
-/// Writes the identity of `owner` to a file that was just written, as `found` shows, and returns whether that
-/// succeeded. Without an identity the file is judged by its pid and its time, so a full or unsupported attribute does no harm.
+/// Writes the identity of `owner` to a file that was just written, as `found` shows, and returns
+/// whether that succeeded. Without an identity the file is judged by its pid and its time, so a
+/// full or unsupported attribute does no harm.
 pub(super) fn set_identity(file: &File, found: &Metadata, owner: &Owner) -> bool {
-    let identity = found.modified().ok().and_then(|written| record::identity(owner, written));
+    let identity = found
+        .modified()
+        .ok()
+        .and_then(|written| record::identity(owner, written));
     identity.is_some_and(|identity| xattr::set(file, record::ATTRIBUTE, &identity).is_ok())
 }
 
-/// Replaces `old`, the whole content of the file, with `new`. A single write covers all of `old`, so no kill leaves a
-/// mixture. If the write fails, `old` is restored.
+/// Replaces `old`, the whole content of the file, with `new`. A single write covers all of `old`,
+/// so no kill leaves a mixture. If the write fails, `old` is restored.
 pub(super) fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
     let before = file.metadata()?.modified()?;
     let mut bytes = new.as_bytes().to_vec();
@@ -58,7 +67,9 @@ pub(super) fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
     let written = file.write_all_at(&bytes, 0).and_then(|()| {
         step("record written");
         match new.len() < old.len() {
-            true => file.set_len(new.len() as u64).map(|()| step("file truncated")),
+            true => file
+                .set_len(new.len() as u64)
+                .map(|()| step("file truncated")),
             false => Ok(()),
         }
     });

@@ -16,22 +16,30 @@ pub(crate) struct AtomicBox<T> {
 
 impl<T> AtomicBox<T> {
     pub(crate) const fn empty() -> Self {
-        Self { value: AtomicPtr::new(ptr::null_mut()), owns: PhantomData }
+        Self {
+            value: AtomicPtr::new(ptr::null_mut()),
+            owns: PhantomData,
+        }
     }
 
     /// Takes the value.
     pub(crate) fn take(&self) -> Option<Box<T>> {
         let value = self.value.swap(ptr::null_mut(), Ordering::Acquire);
-        // SAFETY: a pointer that is not null came from `Box::into_raw` in `put`, and the swap gave it to this call
-        // alone.
+        // SAFETY: a pointer that is not null came from `Box::into_raw` in `put`, and the swap gave
+        // it to this call alone.
         (!value.is_null()).then(|| unsafe { Box::from_raw(value) })
     }
 
     /// Stores a value, or drops it if there is one already.
     pub(crate) fn put(&self, value: Box<T>) {
         let value = Box::into_raw(value);
-        if self.value.compare_exchange(ptr::null_mut(), value, Ordering::Release, Ordering::Relaxed).is_err() {
-            // SAFETY: the exchange failed, so only this call has the pointer that `Box::into_raw` just made.
+        if self
+            .value
+            .compare_exchange(ptr::null_mut(), value, Ordering::Release, Ordering::Relaxed)
+            .is_err()
+        {
+            // SAFETY: the exchange failed, so only this call has the pointer that `Box::into_raw`
+            // just made.
             drop(unsafe { Box::from_raw(value) });
         }
     }

@@ -25,7 +25,9 @@ impl Event {
     pub(crate) fn new() -> io::Result<Self> {
         use rustix::event::{EventfdFlags, eventfd};
         let fd = ForkGuarded::new(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))?;
-        Ok(Self { fd: fd.know().keep_across_fork() })
+        Ok(Self {
+            fd: fd.know().keep_across_fork(),
+        })
     }
 
     #[cfg(not(target_os = "linux"))]
@@ -39,11 +41,14 @@ impl Event {
             let Ok(noted) = ForkGuarded::new(|| Ok::<_, std::convert::Infallible>(end));
             noted.know().keep_across_fork()
         };
-        Ok(Self { fd: note(fd), writer: note(writer) })
+        Ok(Self {
+            fd: note(fd),
+            writer: note(writer),
+        })
     }
 
-    /// Whether the descriptor still refers to the event: a program that closed it may have its own file under the
-    /// number.
+    /// Whether the descriptor still refers to the event: a program that closed it may have its own
+    /// file under the number.
     pub(crate) fn is_own(&self) -> bool {
         self.fd.is_own()
     }
@@ -79,8 +84,8 @@ pub(crate) enum Woke {
     TimedOut,
 }
 
-/// Sleeps until `fd` is readable, `cancel` is set or `until` passes, whichever is first. If two happen together, the
-/// descriptor wins: its data would be lost otherwise.
+/// Sleeps until `fd` is readable, `cancel` is set or `until` passes, whichever is first. If two
+/// happen together, the descriptor wins: its data would be lost otherwise.
 ///
 /// Uses poll(2); signals do not end the wait.
 pub(crate) fn wait(
@@ -98,11 +103,15 @@ pub(crate) fn wait_for_room(
     cancel: Option<BorrowedFd<'_>>,
     until: Option<Instant>,
 ) -> io::Result<Woke> {
-    wait_as(Some(PollFd::from_borrowed_fd(fd, PollFlags::OUT)), cancel, until)
+    wait_as(
+        Some(PollFd::from_borrowed_fd(fd, PollFlags::OUT)),
+        cancel,
+        until,
+    )
 }
 
-/// Waits as [`wait`] does, until the other end of `fd` has ended its stream or has hung up. Data alone does not wake:
-/// the kernel wakes a sleeper in poll(2) only for the requested events.
+/// Waits as [`wait`] does, until the other end of `fd` has ended its stream or has hung up. Data
+/// alone does not wake: the kernel wakes a sleeper in poll(2) only for the requested events.
 #[cfg(target_os = "linux")]
 pub(crate) fn wait_for_end(
     fd: Option<BorrowedFd<'_>>,
@@ -113,7 +122,11 @@ pub(crate) fn wait_for_end(
     wait_as(fd.map(end), cancel, until)
 }
 
-fn wait_as(fd: Option<PollFd<'_>>, cancel: Option<BorrowedFd<'_>>, until: Option<Instant>) -> io::Result<Woke> {
+fn wait_as(
+    fd: Option<PollFd<'_>>,
+    cancel: Option<BorrowedFd<'_>>,
+    until: Option<Instant>,
+) -> io::Result<Woke> {
     loop {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
@@ -133,7 +146,9 @@ fn wait_as(fd: Option<PollFd<'_>>, cancel: Option<BorrowedFd<'_>>, until: Option
         match poll(polled, timeout.as_ref()) {
             Err(rustix::io::Errno::INTR) => continue,
             Err(error) => return Err(error.into()),
-            Ok(0) if until.is_some_and(|until| Instant::now() >= until) => return Ok(Woke::TimedOut),
+            Ok(0) if until.is_some_and(|until| Instant::now() >= until) => {
+                return Ok(Woke::TimedOut);
+            }
             Ok(0) => continue,
             Ok(_) if fd.is_some() && !polled[0].revents().is_empty() => return Ok(Woke::Ready),
             Ok(_) => return Ok(Woke::Cancelled),
@@ -141,11 +156,19 @@ fn wait_as(fd: Option<PollFd<'_>>, cancel: Option<BorrowedFd<'_>>, until: Option
     }
 }
 
-/// Sleeps until `fd` is readable or has hung up, or is writable if `to_write` is set. Returns false if `until` passed
-/// first. Otherwise waits as [`wait`] does.
+/// Sleeps until `fd` is readable or has hung up, or is writable if `to_write` is set. Returns false
+/// if `until` passed first. Otherwise waits as [`wait`] does.
 #[cfg(feature = "postgres")]
-pub(crate) fn wait_for_traffic(fd: BorrowedFd<'_>, to_write: bool, until: Instant) -> io::Result<bool> {
-    let flags = if to_write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+pub(crate) fn wait_for_traffic(
+    fd: BorrowedFd<'_>,
+    to_write: bool,
+    until: Instant,
+) -> io::Result<bool> {
+    let flags = if to_write {
+        PollFlags::IN | PollFlags::OUT
+    } else {
+        PollFlags::IN
+    };
     loop {
         let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
         match poll(&mut [PollFd::from_borrowed_fd(fd, flags)], left.as_ref()) {
@@ -162,7 +185,10 @@ pub(crate) fn wait_for_traffic(fd: BorrowedFd<'_>, to_write: bool, until: Instan
 #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut polled = [watch(fd)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     matches!(retry_on_intr(|| poll(&mut polled, Some(&now))), Ok(1))
 }
 

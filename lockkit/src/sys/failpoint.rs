@@ -1,9 +1,9 @@
 //! Failpoints: places in the code at which a test can have this process killed.
 //!
-//! Every place in the library that has just changed something outside the process calls `step`. A test can let the
-//! process kill itself at one of these places. That needs a build with debug assertions and the flag
-//! `--cfg lockkit_failpoints`, which only lockkit's own workspace sets. In all other builds a step does nothing, and this
-//! module is private.
+//! Every place in the library that has just changed something outside the process calls `step`. A
+//! test can let the process kill itself at one of these places. That needs a build with debug
+//! assertions and the flag `--cfg lockkit_failpoints`, which only lockkit's own workspace sets. In
+//! all other builds a step does nothing, and this module is private.
 
 /// Whether this build has steps.
 #[cfg(lockkit_failpoints)]
@@ -21,7 +21,8 @@ mod armed {
 
     use super::{BeforeKill, this_process};
 
-    /// Whether a test has armed the steps: forked children could find a mutex locked that every step locks.
+    /// Whether a test has armed the steps: forked children could find a mutex locked that every
+    /// step locks.
     static ARMED: AtomicBool = AtomicBool::new(false);
     static PASSED: Mutex<(usize, Vec<&'static str>)> = Mutex::new((usize::MAX, Vec::new()));
     /// Whether the process is stopped at the step, instead of killed.
@@ -127,7 +128,8 @@ pub fn kill_at_after(at: usize, before_kill: BeforeKill) {
     kill_at(at);
 }
 
-/// Stops this process at the step numbered `at`, counted from 1 from here on, until it is continued. Only on Unix.
+/// Stops this process at the step numbered `at`, counted from 1 from here on, until it is
+/// continued. Only on Unix.
 #[cfg(lockkit_failpoints)]
 pub fn stop_at(at: usize) {
     #[cfg(debug_assertions)]

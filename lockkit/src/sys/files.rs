@@ -1,6 +1,7 @@
 //! The operations on files that differ between systems, under common names.
 //!
-//! Here they come from the standard library's Unix extensions. Windows lacks half of them (`windows/files.rs`).
+//! Here they come from the standard library's Unix extensions. Windows lacks half of them
+//! (`windows/files.rs`).
 
 pub(crate) use std::fs::Metadata;
 pub(crate) use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
@@ -57,9 +58,9 @@ pub(crate) fn mode_of(file: &File) -> io::Result<u32> {
     Ok(metadata_of(file)?.mode() & 0o777)
 }
 
-/// Returns the part of `mode` that a file gets if this process creates it now: `mode` less the umask. This assumes a
-/// file system of which nothing else is known. Reading the umask sets it, so another thread may create a file in the
-/// meantime that others cannot read.
+/// Returns the part of `mode` that a file gets if this process creates it now: `mode` less the
+/// umask. This assumes a file system of which nothing else is known. Reading the umask sets it, so
+/// another thread may create a file in the meantime that others cannot read.
 pub(crate) fn new_file_mode(mode: u32) -> u32 {
     use parking_lot::Mutex;
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -70,10 +71,16 @@ pub(crate) fn new_file_mode(mode: u32) -> u32 {
     mode & !(umask.as_raw_mode() as u32)
 }
 
-/// Checks whether this process may remove a file like `found` from the directory, as far as permissions show.
+/// Checks whether this process may remove a file like `found` from the directory, as far as
+/// permissions show.
 pub(crate) fn check_removable(directory: &Path, found: &Metadata) -> io::Result<()> {
     use rustix::fs::{Access, AtFlags, CWD, accessat};
-    accessat(CWD, directory, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?;
+    accessat(
+        CWD,
+        directory,
+        Access::WRITE_OK | Access::EXEC_OK,
+        AtFlags::EACCESS,
+    )?;
     let parent = metadata(directory)?;
     let user = rustix::process::geteuid().as_raw();
     // In a sticky directory only these users may remove the file (`EPERM`).
@@ -84,7 +91,8 @@ pub(crate) fn check_removable(directory: &Path, found: &Metadata) -> io::Result<
     }
 }
 
-/// Renames the file at `from` to `to`, which must not exist: `AlreadyExists` otherwise, on systems that can check this.
+/// Renames the file at `from` to `to`, which must not exist: `AlreadyExists` otherwise, on systems
+/// that can check this.
 pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     #[cfg(any(target_os = "linux", target_vendor = "apple"))]
     {
@@ -108,7 +116,8 @@ pub(crate) fn set_directory_mode(path: &Path, mode: u32) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(mode))
 }
 
-/// Whether the mode of the directory lets its group or others write to it, so that this process may not trust it.
+/// Whether the mode of the directory lets its group or others write to it, so that this process may
+/// not trust it.
 pub(crate) fn is_writable_by_others(directory: &Metadata) -> bool {
     directory.mode() & 0o022 != 0
 }
@@ -124,8 +133,8 @@ pub(crate) fn is_name_too_long(error: &io::Error) -> bool {
     Errno::from_io_error(error) == Some(Errno::NAMETOOLONG)
 }
 
-/// Whether opening failed because the path is a symbolic link that must not be followed. POSIX specifies `ELOOP`;
-/// FreeBSD and NetBSD use other errnos.
+/// Whether opening failed because the path is a symbolic link that must not be followed. POSIX
+/// specifies `ELOOP`; FreeBSD and NetBSD use other errnos.
 pub(crate) fn is_symlink_refused(error: &io::Error) -> bool {
     #[cfg(target_os = "netbsd")]
     const NOT_FOLLOWED: i32 = libc::EFTYPE;
@@ -142,7 +151,12 @@ pub(crate) fn is_local(file: &File) -> bool {
 }
 
 /// The other systems do not report it.
-#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple", target_os = "freebsd")))]
+#[cfg(not(any(
+    target_os = "linux",
+    target_os = "android",
+    target_vendor = "apple",
+    target_os = "freebsd"
+)))]
 pub(crate) fn is_local(_: &File) -> bool {
     false
 }

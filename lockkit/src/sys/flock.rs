@@ -1,7 +1,7 @@
 //! Whole-file locks: flock(2), through `fs2`.
 //!
-//! Only this module uses `fs2`, and changes two results: a wait continues after a signal, and a lock that another
-//! process holds is `false`, not an error.
+//! Only this module uses `fs2`, and changes two results: a wait continues after a signal, and a
+//! lock that another process holds is `false`, not an error.
 
 use std::fs::File;
 use std::io;
@@ -45,12 +45,15 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
     retry_interrupted(|| FileExt::unlock(file))
 }
 
-/// Whether the error says that the file system has no flock at all, so that no process can hold one on the file. Any
-/// other error (`ENOLCK`, `ENOMEM`, `EIO`) says nothing about the locks of other processes.
+/// Whether the error says that the file system has no flock at all, so that no process can hold one
+/// on the file. Any other error (`ENOLCK`, `ENOMEM`, `EIO`) says nothing about the locks of other
+/// processes.
 pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     // ENOTSUP and EOPNOTSUPP are the same number on Linux only.
     let unsupported = [libc::ENOSYS, libc::EOPNOTSUPP, libc::ENOTSUP];
-    error.raw_os_error().is_some_and(|code| unsupported.contains(&code))
+    error
+        .raw_os_error()
+        .is_some_and(|code| unsupported.contains(&code))
 }
 
 fn retry_interrupted(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {

@@ -1,7 +1,8 @@
-//! FNV-1a, the one hash of lockkit: for file formats, keys of tables and the comparison of contents.
+//! FNV-1a, the one hash of lockkit: for file formats, keys of tables and the comparison of
+//! contents.
 //!
-//! It guards against accidents, not against forgery. The results are part of file formats, so they never change.
-//! The constants are those of the 64-bit variant ([FNV]).
+//! It guards against accidents, not against forgery. The results are part of file formats, so they
+//! never change. The constants are those of the 64-bit variant ([FNV]).
 //!
 //! [FNV]: http://www.isthe.com/chongo/tech/comp/fnv/
 
@@ -16,7 +17,9 @@ pub(crate) fn add(sum: u64, word: u64) -> u64 {
 
 /// Returns the hash of the bytes.
 pub(crate) fn of_bytes(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(BASIS, |sum, byte| add(sum, u64::from(*byte)))
+    bytes
+        .iter()
+        .fold(BASIS, |sum, byte| add(sum, u64::from(*byte)))
 }
 
 #[cfg(test)]
@@ -25,7 +28,11 @@ mod tests {
 
     #[test]
     fn hash_matches_published_vectors() {
-        for (text, hash) in [("", BASIS), ("a", 0xaf63_dc4c_8601_ec8c), ("foobar", 0x8594_4171_f739_67e8)] {
+        for (text, hash) in [
+            ("", BASIS),
+            ("a", 0xaf63_dc4c_8601_ec8c),
+            ("foobar", 0x8594_4171_f739_67e8),
+        ] {
             assert_eq!(of_bytes(text.as_bytes()), hash, "{text:?}");
         }
     }

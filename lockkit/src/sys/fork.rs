@@ -1,23 +1,28 @@
-//! Descriptors that belong to locks: a forked child does not keep them, and another file is never mistaken for one.
+//! Descriptors that belong to locks: a forked child does not keep them, and another file is never
+//! mistaken for one.
 //!
 //! # Forks
-//! A lock lives in a descriptor, and `fork` copies descriptors. A child that outlives its parent would keep the
-//! parent's lock, and a name would stay taken after its release while the child lives. Programs started with exec are
-//! no problem, because every descriptor here is close-on-exec. For a plain fork, a handler registered with
-//! [pthread_atfork(3)] runs in the child and replaces every [`ForkGuarded`] descriptor with an inert pipe end. The
-//! child's copies of the guards stay valid objects. Their descriptors close as usual and lock nothing.
+//! A lock lives in a descriptor, and `fork` copies descriptors. A child that outlives its parent
+//! would keep the parent's lock, and a name would stay taken after its release while the child
+//! lives. Programs started with exec are no problem, because every descriptor here is
+//! close-on-exec. For a plain fork, a handler registered with [pthread_atfork(3)] runs in the child
+//! and replaces every [`ForkGuarded`] descriptor with an inert pipe end. The child's copies of the
+//! guards stay valid objects. Their descriptors close as usual and lock nothing.
 //!
-//! A thread that makes or closes such a descriptor has a *claim* meanwhile. A fork waits until no other thread has a
-//! claim, and a claim waits until no other thread forks. A thread never waits for itself: a signal handler may fork
-//! while its thread has a claim. Both waits sleep after some yields, because the other thread may need this processor.
-//! A process made with a raw `clone` system call runs no handlers and is not covered.
+//! A thread that makes or closes such a descriptor has a *claim* meanwhile. A fork waits until no
+//! other thread has a claim, and a claim waits until no other thread forks. A thread never waits
+//! for itself: a signal handler may fork while its thread has a claim. Both waits sleep after some
+//! yields, because the other thread may need this processor. A process made with a raw `clone`
+//! system call runs no handlers and is not covered.
 //!
 //! # Foreign closes
-//! A program may close descriptors that it did not open, with close_range(2) or in a loop. It may then open files that
-//! get the same numbers. So lockkit notes each descriptor by its number, and each note of a number has its own sequence
-//! number. If a descriptor outlives the call that made it, its note also has the device and inode of its file, or the
-//! name of its socket. [`ForkGuarded::is_own`] compares all of these. A descriptor that is not its owner's any more is
-//! not closed, not used, and not replaced in a forked child. A close during a call of lockkit is not always noticed.
+//! A program may close descriptors that it did not open, with close_range(2) or in a loop. It may
+//! then open files that get the same numbers. So lockkit notes each descriptor by its number, and
+//! each note of a number has its own sequence number. If a descriptor outlives the call that made
+//! it, its note also has the device and inode of its file, or the name of its socket.
+//! [`ForkGuarded::is_own`] compares all of these. A descriptor that is not its owner's any more is
+//! not closed, not used, and not replaced in a forked child. A close during a call of lockkit is
+//! not always noticed.
 //!
 //! [pthread_atfork(3)]: https://man7.org/linux/man-pages/man3/pthread_atfork.3.html
 
@@ -64,8 +69,8 @@ struct Claim(PhantomData<*const ()>);
 impl Claim {
     fn take() -> Self {
         install();
-        // This thread's part is never too small: a fork from a signal handler at any point here must not wait for a
-        // claim of its own thread.
+        // This thread's part is never too small: a fork from a signal handler at any point here
+        // must not wait for a claim of its own thread.
         OWN.set(OWN.get() + CLAIM);
         let mut pause = Pause::default();
         while forks(COUNTS.fetch_add(CLAIM, Ordering::SeqCst)) > forks(OWN.get()) {
@@ -83,8 +88,8 @@ impl Drop for Claim {
     }
 }
 
-/// Subtracts a claim from [`COUNTS`], unless there is none: a forked child starts with none, even if its thread has
-/// one.
+/// Subtracts a claim from [`COUNTS`], unless there is none: a forked child starts with none, even
+/// if its thread has one.
 fn uncount_claim() {
     let without = |counts: u64| (claims(counts) > 0).then_some(counts.wrapping_sub(CLAIM));
     let _ = COUNTS.fetch_update(Ordering::SeqCst, Ordering::Relaxed, without);
@@ -110,8 +115,8 @@ impl Pause {
 
 /// The information about a descriptor number.
 struct Note {
-    /// The number of notes so far, in multiples of [`SEQUENCE`], and the kind of the latest note: [`FREE`], [`GUARDED`] or
-    /// [`KEPT`].
+    /// The number of notes so far, in multiples of [`SEQUENCE`], and the kind of the latest note:
+    /// [`FREE`], [`GUARDED`] or [`KEPT`].
     state: AtomicU64,
     device: AtomicU64,
     inode: AtomicU64,
@@ -125,24 +130,27 @@ const GUARDED: u64 = 1;
 /// A forked child keeps it.
 const KEPT: u64 = 2;
 
-/// In less than this many nanoseconds no program closes a file and opens another: that takes two system calls, and the
-/// second one looks up a name.
+/// In less than this many nanoseconds no program closes a file and opens another: that takes two
+/// system calls, and the second one looks up a name.
 #[cfg(target_os = "linux")]
 const MIN_REPLACEMENT_NANOS: u64 = 200;
 
 /// The identity of a file: its device and inode.
 type Identity = (u64, u64);
-/// The identity of a descriptor that does not outlive the call that made it, or that the system did not describe. Such
-/// a descriptor counts as its owner's.
+/// The identity of a descriptor that does not outlive the call that made it, or that the system did
+/// not describe. Such a descriptor counts as its owner's.
 const UNKNOWN: Identity = (0, 0);
-/// Replaces the device for a socket that is identified by its name, which takes no system call to note. The hash of the
-/// name replaces the inode.
+/// Replaces the device for a socket that is identified by its name, which takes no system call to
+/// note. The hash of the name replaces the inode.
 #[cfg(target_os = "linux")]
 const BY_NAME: u64 = u64::MAX;
 
 impl Note {
     fn identity(&self) -> Identity {
-        (self.device.load(Ordering::Relaxed), self.inode.load(Ordering::Relaxed))
+        (
+            self.device.load(Ordering::Relaxed),
+            self.inode.load(Ordering::Relaxed),
+        )
     }
 
     fn set_identity(&self, (device, inode): Identity) {
@@ -150,11 +158,13 @@ impl Note {
         self.inode.store(inode, Ordering::Relaxed);
     }
 
-    /// Notes a descriptor that the kernel has just given to this thread, and returns its sequence number.
+    /// Notes a descriptor that the kernel has just given to this thread, and returns its sequence
+    /// number.
     fn begin(&self, identity: Identity) -> u64 {
         self.set_identity(identity);
         let sequence = self.state.load(Ordering::Relaxed) / SEQUENCE + 1;
-        self.state.store(sequence * SEQUENCE + GUARDED, Ordering::Release);
+        self.state
+            .store(sequence * SEQUENCE + GUARDED, Ordering::Release);
         sequence
     }
 
@@ -167,12 +177,14 @@ impl Note {
     /// Changes the kind, unless the number has been noted again.
     fn set(&self, sequence: u64, kind: u64) {
         let set = |state: u64| (state / SEQUENCE == sequence).then_some(sequence * SEQUENCE + kind);
-        let _ = self.state.fetch_update(Ordering::AcqRel, Ordering::Relaxed, set);
+        let _ = self
+            .state
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, set);
     }
 }
 
-/// The notes by number, in tables of growing length. The first table has [`FIRST`] notes, and each further table has
-/// twice as many as the one before. Tables are made on demand and never freed.
+/// The notes by number, in tables of growing length. The first table has [`FIRST`] notes, and each
+/// further table has twice as many as the one before. Tables are made on demand and never freed.
 static NOTES: [AtomicPtr<Note>; TABLES] = [const { AtomicPtr::new(ptr::null_mut()) }; TABLES];
 const FIRST: usize = 64;
 /// Enough tables for every number.
@@ -186,20 +198,23 @@ const fn length(table: usize) -> usize {
 /// Returns the notes of a table, if the table is made.
 fn notes(table: usize) -> Option<&'static [Note]> {
     let start = NOTES[table].load(Ordering::Acquire);
-    // SAFETY: the pointer is not null, so `make` stored it: the table has this length and is never freed. A `Note`
-    // consists of atomic integers, for which all zeros is a value.
+    // SAFETY: the pointer is not null, so `make` stored it: the table has this length and is never
+    // freed. A `Note` consists of atomic integers, for which all zeros is a value.
     (!start.is_null()).then(|| unsafe { slice::from_raw_parts(start, length(table)) })
 }
 
 #[cold]
 fn make(table: usize) -> &'static [Note] {
-    let Ok(layout) = Layout::array::<Note>(length(table)) else { unreachable!("the longest table fits the memory") };
+    let Ok(layout) = Layout::array::<Note>(length(table)) else {
+        unreachable!("the longest table fits the memory")
+    };
     // SAFETY: a table has at least one note, so the layout is not empty.
     let fresh = unsafe { alloc_zeroed(layout) }.cast::<Note>();
     if fresh.is_null() {
         handle_alloc_error(layout);
     }
-    let swapped = NOTES[table].compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire);
+    let swapped =
+        NOTES[table].compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire);
     if swapped.is_err() {
         // SAFETY: `fresh` is from `alloc_zeroed` with this layout, and no other thread knows it.
         unsafe { dealloc(fresh.cast(), layout) };
@@ -237,12 +252,12 @@ fn identity(descriptor: BorrowedFd<'_>) -> Result<Identity, Errno> {
     Ok(identity)
 }
 
-/// The inode of a file without its own inode (an event, an epoll, an inotify) that does not have lockkit's mark. All
-/// files of this kind share an inode.
+/// The inode of a file without its own inode (an event, an epoll, an inotify) that does not have
+/// lockkit's mark. All files of this kind share an inode.
 #[cfg(target_os = "linux")]
 const ANONYMOUS: u64 = u64::MAX;
-/// The signal number that marks the file (`F_SETSIG`). The kernel sends no signal: that also takes `O_ASYNC`, and then
-/// no program has use for this signal.
+/// The signal number that marks the file (`F_SETSIG`). The kernel sends no signal: that also takes
+/// `O_ASYNC`, and then no program has use for this signal.
 #[cfg(target_os = "linux")]
 const MARK: i32 = libc::SIGSYS;
 /// From [fcntl(2)](https://man7.org/linux/man-pages/man2/fcntl.2.html); `libc` does not have them.
@@ -263,18 +278,21 @@ fn mark(descriptor: BorrowedFd<'_>) {
     unsafe { libc::fcntl(descriptor.as_raw_fd(), F_SETSIG, MARK) };
 }
 
-/// Whether the descriptor is open and has that identity. If the system does not report it, the answer is yes, because
-/// leaving the descriptor open would keep a lock.
+/// Whether the descriptor is open and has that identity. If the system does not report it, the
+/// answer is yes, because leaving the descriptor open would keep a lock.
 fn is(descriptor: BorrowedFd<'_>, noted: Identity) -> bool {
     match noted {
         UNKNOWN => true,
         #[cfg(target_os = "linux")]
         (BY_NAME, hash) => super::socket_name::has_name(descriptor, hash),
-        noted => identity(descriptor).map_or_else(|error| error != Errno::BADF, |found| found == noted),
+        noted => {
+            identity(descriptor).map_or_else(|error| error != Errno::BADF, |found| found == noted)
+        }
     }
 }
 
-/// A descriptor that holds a lock, or a place in the queue for a lock. A forked child gets an inert descriptor instead.
+/// A descriptor that holds a lock, or a place in the queue for a lock. A forked child gets an inert
+/// descriptor instead.
 ///
 /// Dropping it closes the descriptor, unless its number refers to another file by then.
 #[derive(Debug)]
@@ -301,7 +319,11 @@ impl<T: AsFd> ForkGuarded<T> {
         let descriptor = make()?;
         let note = note(descriptor.as_fd());
         let sequence = note.begin(identity);
-        Ok(Self { descriptor: ManuallyDrop::new(descriptor), note, sequence })
+        Ok(Self {
+            descriptor: ManuallyDrop::new(descriptor),
+            note,
+            sequence,
+        })
     }
 
     /// Notes the identity of the file, for a descriptor that outlives the call that made it.
@@ -314,7 +336,8 @@ impl<T: AsFd> ForkGuarded<T> {
         self.know_as(identity)
     }
 
-    /// Notes the given device and inode, as [`know`](Self::know) does, for a caller that has already read them.
+    /// Notes the given device and inode, as [`know`](Self::know) does, for a caller that has
+    /// already read them.
     pub(crate) fn know_as(self, identity: Identity) -> Self {
         self.note.set_identity(identity);
         self
@@ -326,14 +349,14 @@ impl<T: AsFd> ForkGuarded<T> {
         self
     }
 
-    /// Whether the number still refers to the file that was opened under it. The program may have closed the file, and
-    /// the kernel may have given the number to another file.
+    /// Whether the number still refers to the file that was opened under it. The program may have
+    /// closed the file, and the kernel may have given the number to another file.
     pub(crate) fn is_own(&self) -> bool {
         self.note.is_of(self.sequence) && is(self.descriptor.as_fd(), self.note.identity())
     }
 
-    /// Checks [`is_own`](Self::is_own) at `now`, for a descriptor that was this lock's at `then`. Both times are
-    /// [`nanos`](super::clock::nanos).
+    /// Checks [`is_own`](Self::is_own) at `now`, for a descriptor that was this lock's at `then`.
+    /// Both times are [`nanos`](super::clock::nanos).
     #[cfg(target_os = "linux")]
     #[inline]
     pub(crate) fn is_own_since(&self, then: u64, now: u64) -> bool {
@@ -351,7 +374,8 @@ impl<T: AsFd> ForkGuarded<T> {
         if self.note.is_of(self.sequence) {
             // SAFETY: dropped once, for `self` is not used afterwards.
             unsafe { ManuallyDrop::drop(&mut self.descriptor) };
-            // After the close, so that a child that a signal handler forks in between finds the note.
+            // After the close, so that a child that a signal handler forks in between finds the
+            // note.
             self.note.set(self.sequence, FREE);
         }
     }
@@ -359,9 +383,12 @@ impl<T: AsFd> ForkGuarded<T> {
 
 #[cfg(target_os = "linux")]
 impl ForkGuarded {
-    /// Makes a socket as [`new`](Self::new) does. `make` has given it the name with this hash, which identifies it from
-    /// then on.
-    pub(crate) fn named<E>(hash: u64, make: impl FnOnce() -> Result<OwnedFd, E>) -> Result<Self, E> {
+    /// Makes a socket as [`new`](Self::new) does. `make` has given it the name with this hash,
+    /// which identifies it from then on.
+    pub(crate) fn named<E>(
+        hash: u64,
+        make: impl FnOnce() -> Result<OwnedFd, E>,
+    ) -> Result<Self, E> {
         Self::known_as(make, (BY_NAME, hash))
     }
 }
@@ -383,8 +410,9 @@ impl<T: AsFd> Drop for ForkGuarded<T> {
     }
 }
 
-/// Makes a descriptor for the caller's own use. If the program closed a guard's descriptor that had this number, that
-/// guard no longer counts the number as its own, whatever the new descriptor refers to.
+/// Makes a descriptor for the caller's own use. If the program closed a guard's descriptor that had
+/// this number, that guard no longer counts the number as its own, whatever the new descriptor
+/// refers to.
 pub(crate) fn unguarded<T: AsFd, E>(make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
     let _claim = Claim::take();
     let descriptor = make()?;
@@ -396,12 +424,15 @@ pub(crate) fn unguarded<T: AsFd, E>(make: impl FnOnce() -> Result<T, E>) -> Resu
 
 /// Returns the error of a release whose descriptor is not [its own](ForkGuarded::is_own) any more.
 pub(crate) fn closed_by_program() -> io::Error {
-    io::Error::other("this process has closed the descriptor of the lock, and so released it earlier")
+    io::Error::other(
+        "this process has closed the descriptor of the lock, and so released it earlier",
+    )
 }
 
-/// Delays forks of other threads until it is dropped. It protects a mutex that a forked child needs: the child must not
-/// inherit it locked by a thread that the child does not have. The caller makes it before it locks the mutex. No
-/// guarded descriptor should be made or dropped meanwhile, because that makes forks wait longer.
+/// Delays forks of other threads until it is dropped. It protects a mutex that a forked child
+/// needs: the child must not inherit it locked by a thread that the child does not have. The caller
+/// makes it before it locks the mutex. No guarded descriptor should be made or dropped meanwhile,
+/// because that makes forks wait longer.
 #[derive(Debug)]
 pub(crate) struct NoFork(#[allow(dead_code)] Claim);
 
@@ -411,7 +442,8 @@ impl NoFork {
     }
 }
 
-/// A process, as distinguished from the processes that it is forked from and that are forked from it.
+/// A process, as distinguished from the processes that it is forked from and that are forked from
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ProcessId(u32);
 
@@ -437,7 +469,8 @@ impl ProcessId {
         self.0
     }
 
-    /// Returns whether it is this process. The handlers that count forks were installed when the value was made.
+    /// Returns whether it is this process. The handlers that count forks were installed when the
+    /// value was made.
     #[inline]
     pub(crate) fn is_current(self) -> bool {
         self.0 == GENERATION.load(Ordering::Relaxed)
@@ -448,15 +481,21 @@ impl ProcessId {
 fn install() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
-        // Registration fails only without memory for the list of handlers. Then a forked child keeps inherited
-        // descriptors, as with every other lock library.
-        // SAFETY: the three handlers are functions of this program, sound to call at any time.
-        let _ =
-            unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork_in_parent), Some(after_fork_in_child)) };
+        // Registration fails only without memory for the list of handlers. Then a forked child
+        // keeps inherited descriptors, as with every other lock library. SAFETY: the three handlers
+        // are functions of this program, sound to call at any time.
+        let _ = unsafe {
+            libc::pthread_atfork(
+                Some(before_fork),
+                Some(after_fork_in_parent),
+                Some(after_fork_in_child),
+            )
+        };
     });
 }
 
-/// Waits until no other thread has a claim. It does not wait for this thread, whose signal handler may be forking.
+/// Waits until no other thread has a claim. It does not wait for this thread, whose signal handler
+/// may be forking.
 unsafe extern "C" fn before_fork() {
     OWN.set(OWN.get() + FORK);
     COUNTS.fetch_add(FORK, Ordering::SeqCst);
@@ -474,18 +513,21 @@ unsafe extern "C" fn after_fork_in_parent() {
     }
 }
 
-/// Calls only what POSIX allows after a fork of a process with threads: atomics, `pipe`, `fstat`, `getsockname`,
-/// `dup2`, `fcntl`, `close`.
+/// Calls only what POSIX allows after a fork of a process with threads: atomics, `pipe`, `fstat`,
+/// `getsockname`, `dup2`, `fcntl`, `close`.
 unsafe extern "C" fn after_fork_in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
     if forks(OWN.get()) > 0 {
         OWN.set(OWN.get() - FORK);
     }
-    // Only this thread exists in the child. If a signal handler forks, its thread may be about to count its claim, or
-    // may have just subtracted it. So the claims of this thread count as none.
+    // Only this thread exists in the child. If a signal handler forks, its thread may be about to
+    // count its claim, or may have just subtracted it. So the claims of this thread count as none.
     COUNTS.store(0, Ordering::SeqCst);
     let inert = rustix::pipe::pipe().ok().map(|(reader, _writer)| reader);
-    let inert_identity = inert.as_ref().and_then(|inert| identity(inert.as_fd()).ok()).unwrap_or(UNKNOWN);
+    let inert_identity = inert
+        .as_ref()
+        .and_then(|inert| identity(inert.as_fd()).ok())
+        .unwrap_or(UNKNOWN);
     for (number, note) in noted() {
         let state = note.state.load(Ordering::Relaxed);
         if state % SEQUENCE != GUARDED {
@@ -503,9 +545,10 @@ unsafe extern "C" fn after_fork_in_child() {
 
 /// Replaces a lock's descriptor with the inert one, or closes it. Returns whether it was replaced.
 fn replace_with_inert(number: RawFd, inert: Option<&OwnedFd>) -> bool {
-    // SAFETY: the number is noted as a lock's, and refers to its file. The guard that owns it is a copy, and this
-    // handler, the only code that runs, may act for the guard. The descriptor stays open unless no inert one could be
-    // made: then it is closed here and noted as free, so that the guard does not close it again.
+    // SAFETY: the number is noted as a lock's, and refers to its file. The guard that owns it is a
+    // copy, and this handler, the only code that runs, may act for the guard. The descriptor stays
+    // open unless no inert one could be made: then it is closed here and noted as free, so that the
+    // guard does not close it again.
     let mut lock = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number) });
     let replaced = inert.is_some_and(|inert| {
         rustix::io::dup2(inert, &mut lock).is_ok()
@@ -535,9 +578,11 @@ mod tests {
         listening.unwrap()
     }
 
-    /// Runs `what` in a child without other threads, which would take the numbers of descriptors that it closes.
+    /// Runs `what` in a child without other threads, which would take the numbers of descriptors
+    /// that it closes.
     fn in_child(what: impl FnOnce()) {
-        // SAFETY: the child allocates. In glibc no other thread of this process keeps the allocator's lock over a fork.
+        // SAFETY: the child allocates. In glibc no other thread of this process keeps the
+        // allocator's lock over a fork.
         let child = unsafe { libc::fork() };
         if child == 0 {
             let is_right = std::panic::catch_unwind(std::panic::AssertUnwindSafe(what)).is_ok();
@@ -555,7 +600,8 @@ mod tests {
         in_child(|| {
             let (one, other) = (listener("one"), listener("other"));
             let replace = |make: &dyn Fn() -> OwnedFd| {
-                // SAFETY: the test closes the descriptor that the guard owns, and the guard's code must handle that.
+                // SAFETY: the test closes the descriptor that the guard owns, and the guard's code
+                // must handle that.
                 drop(unsafe { OwnedFd::from_raw_fd(one.as_raw_fd()) });
                 let made = make();
                 assert_eq!(made.as_raw_fd(), one.as_raw_fd());

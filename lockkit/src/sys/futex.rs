@@ -21,8 +21,8 @@ pub(crate) enum Woke {
     TimedOut,
 }
 
-/// Sleeps until a thread of this or another process calls [`wake_one`] for `word`, but at most `limit`, and only if
-/// `word` is still `expected`.
+/// Sleeps until a thread of this or another process calls [`wake_one`] for `word`, but at most
+/// `limit`, and only if `word` is still `expected`.
 pub(crate) fn wait(word: &AtomicU32, expected: u32, limit: Duration) -> io::Result<Woke> {
     let limit = Timespec::try_from(limit).ok();
     match futex::wait(word, Flags::empty(), expected, limit.as_ref()) {

@@ -8,9 +8,9 @@
 //! ...        allocated    a bit for each lock: it is allocated
 //! ...        [Cell]       at a page, one for each lock
 //! ```
-//! Numbers are native; the header's `layout` word detects another byte order and changed sizes. All zeros is a table
-//! with nothing allocated, nothing locked and no process attached, so a new file needs only its header. A page of cells
-//! has as many cells as a word of `allocated` has bits.
+//! Numbers are native; the header's `layout` word detects another byte order and changed sizes. All
+//! zeros is a table with nothing allocated, nothing locked and no process attached, so a new file
+//! needs only its header. A page of cells has as many cells as a word of `allocated` has bits.
 
 use std::fs::File;
 use std::io;
@@ -35,16 +35,19 @@ pub(crate) const MAGIC: u64 = u64::from_ne_bytes(*b"lockkitT");
 /// Grows with every change that an older lockkit must not read.
 pub(crate) const VERSION: u32 = 1;
 /// The sizes. In another byte order it is another number.
-pub(crate) const LAYOUT: u32 = SLOTS << 16 | (size_of::<Slot>() as u32) << 8 | size_of::<Cell>() as u32;
+pub(crate) const LAYOUT: u32 =
+    SLOTS << 16 | (size_of::<Slot>() as u32) << 8 | size_of::<Cell>() as u32;
 
-/// The start of a table. The first three fields never change, so that they can be checked before the file is mapped.
+/// The start of a table. The first three fields never change, so that they can be checked before
+/// the file is mapped.
 #[repr(C, align(64))]
 pub(crate) struct Header {
     pub(crate) magic: AtomicU64,
     pub(crate) version: AtomicU32,
     pub(crate) layout: AtomicU32,
     pub(crate) capacity: AtomicU32,
-    /// Not zero: no process has counted since a process attached, and a kill may have left the count wrong before that.
+    /// Not zero: no process has counted since a process attached, and a kill may have left the
+    /// count wrong before that.
     pub(crate) count_state: AtomicU32,
     _reserved: [AtomicU32; 10],
     pub(crate) count: Line<AtomicU64>,
@@ -79,7 +82,8 @@ pub(crate) struct Cell {
     pub(crate) acquisition: AtomicU32,
     /// The time of the acquisition, in nanoseconds since the epoch, by the coarse clock.
     pub(crate) acquired_at: AtomicU64,
-    /// The time at which a release last kept the lock for waiters, in nanoseconds of the monotonic clock.
+    /// The time at which a release last kept the lock for waiters, in nanoseconds of the monotonic
+    /// clock.
     pub(crate) handed_off_at: AtomicU64,
     _reserved: [AtomicU64; 5],
 }
@@ -117,7 +121,8 @@ pub(crate) fn header(capacity: u32) -> [u8; 20] {
     bytes
 }
 
-/// Returns the capacity of the table that starts with `bytes` and is `length` bytes long, or what is wrong with it.
+/// Returns the capacity of the table that starts with `bytes` and is `length` bytes long, or what
+/// is wrong with it.
 pub(crate) fn capacity(bytes: &[u8; 20], length: u64) -> Result<u32, &'static str> {
     let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| bytes[at + byte]));
     if u64::from_ne_bytes(std::array::from_fn(|byte| bytes[byte])) != MAGIC {
@@ -154,14 +159,22 @@ pub(crate) struct Shape {
 impl Shape {
     pub(crate) const fn of(capacity: u32) -> Self {
         let words = capacity.div_ceil(u64::BITS) as usize;
-        let summary = (words.div_ceil(u64::BITS as usize) * size_of::<u64>()).next_multiple_of(LINE);
+        let summary =
+            (words.div_ceil(u64::BITS as usize) * size_of::<u64>()).next_multiple_of(LINE);
         let full = (PAGE + SLOTS as usize * size_of::<Slot>()).next_multiple_of(PAGE);
         let touched = full + summary;
         let allocated = touched + summary;
         let cells = (allocated + words * size_of::<u64>()).next_multiple_of(PAGE);
         // Whole pages, so that reserving one never makes the file longer.
         let size = cells as u64 + words as u64 * PAGE as u64;
-        Self { full, touched, allocated, cells, size, capacity }
+        Self {
+            full,
+            touched,
+            allocated,
+            cells,
+            size,
+            capacity,
+        }
     }
 
     /// Returns the range that must be reserved before a table can be used at all: the bitmaps.
@@ -174,9 +187,13 @@ impl Shape {
         (self.cells as u64 + page as u64 * PAGE as u64, PAGE as u64)
     }
 
-    /// Returns the offset and length of the slot numbered `at`. The slot's process locks its first byte.
+    /// Returns the offset and length of the slot numbered `at`. The slot's process locks its first
+    /// byte.
     pub(crate) fn slot(at: u32) -> (u32, u32) {
-        (PAGE as u32 + at * size_of::<Slot>() as u32, size_of::<Slot>() as u32)
+        (
+            PAGE as u32 + at * size_of::<Slot>() as u32,
+            size_of::<Slot>() as u32,
+        )
     }
 
     fn words(&self) -> usize {
@@ -208,12 +225,15 @@ pub(crate) struct Table {
 impl Table {
     /// Maps `file`, which [`capacity`] found to be a table of `capacity` locks.
     ///
-    /// If a process shortens the file while it is mapped, the system ends each process that touches the missing part
-    /// (SIGBUS). The process cannot prevent that.
+    /// If a process shortens the file while it is mapped, the system ends each process that touches
+    /// the missing part (SIGBUS). The process cannot prevent that.
     pub(crate) fn map(file: &File, capacity: u32) -> io::Result<Self> {
         let shape = Shape::of(capacity);
         let words = usize::try_from(shape.size / 8).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        Ok(Self { mapping: Mapping::new(file, 0, words)?, shape })
+        Ok(Self {
+            mapping: Mapping::new(file, 0, words)?,
+            shape,
+        })
     }
 
     pub(crate) fn shape(&self) -> &Shape {
@@ -229,11 +249,17 @@ impl Table {
     }
 
     pub(crate) fn full(&self) -> &[AtomicU64] {
-        self.part(self.shape.full, self.shape.words().div_ceil(u64::BITS as usize))
+        self.part(
+            self.shape.full,
+            self.shape.words().div_ceil(u64::BITS as usize),
+        )
     }
 
     pub(crate) fn touched(&self) -> &[AtomicU64] {
-        self.part(self.shape.touched, self.shape.words().div_ceil(u64::BITS as usize))
+        self.part(
+            self.shape.touched,
+            self.shape.words().div_ceil(u64::BITS as usize),
+        )
     }
 
     pub(crate) fn allocated(&self) -> &[AtomicU64] {
@@ -244,23 +270,25 @@ impl Table {
         self.part(self.shape.cells, self.shape.capacity as usize)
     }
 
-    /// Returns the cells that may have been used, page by page, with the number of the page. The other cells are not
-    /// touched, because that would allocate memory for them.
+    /// Returns the cells that may have been used, page by page, with the number of the page. The
+    /// other cells are not touched, because that would allocate memory for them.
     pub(crate) fn used_cells(&self) -> impl Iterator<Item = (u32, &[Cell])> {
         let pages = self.cells().chunks(LOCKS_PER_PAGE as usize).zip(0..);
         let touched = self.touched();
         pages
             .map(|(cells, page)| (page, cells))
-            .filter(|(page, _)| touched[*page as usize / 64].load(Ordering::Acquire) & 1 << (page % 64) != 0)
+            .filter(|(page, _)| {
+                touched[*page as usize / 64].load(Ordering::Acquire) & 1 << (page % 64) != 0
+            })
     }
 
     fn part<T: Shared>(&self, offset: usize, count: usize) -> &[T] {
         let words = &self.mapping.words()[offset / 8..][..count * size_of::<T>() / 8];
         let start = words.as_ptr().cast::<T>();
         debug_assert!(start.is_aligned());
-        // SAFETY: `words` is mapped for as long as `self` lives, is as long as `count` of `T`, and aligned, for a
-        // mapping starts at a page and each part at a multiple of a cache line; `Shared` says that any bytes are a `T`,
-        // and that it changes through atomics only.
+        // SAFETY: `words` is mapped for as long as `self` lives, is as long as `count` of `T`, and
+        // aligned, for a mapping starts at a page and each part at a multiple of a cache line;
+        // `Shared` says that any bytes are a `T`, and that it changes through atomics only.
         unsafe { std::slice::from_raw_parts(start, count) }
     }
 }

@@ -1,4 +1,5 @@
-//! Everything that differs between systems, and everything `unsafe`. Nothing here uses another module of the library.
+//! Everything that differs between systems, and everything `unsafe`. Nothing here uses another
+//! module of the library.
 //!
 //! One small module per mechanism, each a safe interface to what the kernel offers:
 //!
@@ -89,7 +90,12 @@ pub(crate) mod user;
 #[cfg(windows)]
 mod windows;
 pub(crate) mod write_lock;
-#[cfg_attr(not(any(target_os = "linux", target_vendor = "apple")), path = "xattr_unsupported.rs")]
+#[cfg_attr(
+    not(any(target_os = "linux", target_vendor = "apple")),
+    path = "xattr_unsupported.rs"
+)]
 pub(crate) mod xattr;
 #[cfg(windows)]
-pub(crate) use windows::{clock, event, fd, files, flock, fork, known_folder, mutex, process, security};
+pub(crate) use windows::{
+    clock, event, fd, files, flock, fork, known_folder, mutex, process, security,
+};

@@ -1,7 +1,8 @@
 //! Lists abstract sockets and the connections that wait at them.
 //!
-//! The kernel answers by netlink (see [`unix_diag`]), where the number of waiters is exact. Where netlink is forbidden,
-//! [proc_net(5)] lists the same sockets in `unix`, without the users and without the current state of a connection.
+//! The kernel answers by netlink (see [`unix_diag`]), where the number of waiters is exact. Where
+//! netlink is forbidden, [proc_net(5)] lists the same sockets in `unix`, without the users and
+//! without the current state of a connection.
 //!
 //! [proc_net(5)]: https://man7.org/linux/man-pages/man5/proc_pid_net.5.html
 
@@ -51,12 +52,21 @@ impl Sockets {
 
     fn of(sockets: Vec<Socket>) -> Self {
         let mut found = Self::default();
-        for socket in sockets.into_iter().filter(|socket| socket.kind == SEQPACKET) {
+        for socket in sockets
+            .into_iter()
+            .filter(|socket| socket.kind == SEQPACKET)
+        {
             if socket.state == ESTABLISHED {
-                let connection = Connection { uid: socket.uid, has_announced: socket.unread > 0 };
+                let connection = Connection {
+                    uid: socket.uid,
+                    has_announced: socket.unread > 0,
+                };
                 found.connections.insert(socket.inode, connection);
             } else if [LISTEN, CLOSE].contains(&socket.state) {
-                let name = socket.name.strip_prefix(b"\0").and_then(|name| String::from_utf8(name.to_vec()).ok());
+                let name = socket
+                    .name
+                    .strip_prefix(b"\0")
+                    .and_then(|name| String::from_utf8(name.to_vec()).ok());
                 // The kernel does not report an empty queue.
                 let queue = match socket.queue {
                     None if socket.waiting > 0 => Queue::Counted(socket.waiting),
@@ -81,21 +91,29 @@ impl Sockets {
 
     /// Returns the sockets that have an abstract name.
     pub(crate) fn bound(&self) -> impl Iterator<Item = (&str, &Queue)> {
-        self.bound.iter().map(|(name, queue)| (name.as_str(), queue))
+        self.bound
+            .iter()
+            .map(|(name, queue)| (name.as_str(), queue))
     }
 
     pub(crate) fn at(&self, name: &str) -> Option<&Queue> {
         self.bound.get(name)
     }
 
-    /// Returns how many connections in the queue are waiters, of `user` if the lock belongs to one user.
+    /// Returns how many connections in the queue are waiters, of `user` if the lock belongs to one
+    /// user.
     pub(crate) fn waiters(&self, queue: &Queue, user: Option<u32>) -> u32 {
         match queue {
             Queue::Counted(count) => *count,
             Queue::Known(inodes) => {
                 let is_of = |uid: Option<u32>| uid.is_none() || user.is_none() || uid == user;
-                let waits = |connection: &&Connection| connection.has_announced && is_of(connection.uid);
-                inodes.iter().filter_map(|inode| self.connections.get(inode)).filter(waits).count() as u32
+                let waits =
+                    |connection: &&Connection| connection.has_announced && is_of(connection.uid);
+                inodes
+                    .iter()
+                    .filter_map(|inode| self.connections.get(inode))
+                    .filter(waits)
+                    .count() as u32
             }
         }
     }
@@ -105,20 +123,24 @@ impl Sockets {
 #[derive(Debug, PartialEq, Eq)]
 struct Line {
     name: String,
-    /// Whether it is the far end of a connection that is not accepted yet; otherwise it is the socket that has the
-    /// name.
+    /// Whether it is the far end of a connection that is not accepted yet; otherwise it is the
+    /// socket that has the name.
     queued: bool,
 }
 
 /// Reads `0000000000000000: 00000002 00000000 00010000 0005 01 12345 @name`.
 fn parse(line: &str) -> Option<Line> {
-    /// `SS_CONNECTING`, the state that the kernel reports for a connection that waits to be accepted.
+    /// `SS_CONNECTING`, the state that the kernel reports for a connection that waits to be
+    /// accepted.
     const CONNECTING: &str = "02";
     let mut words = line.split_ascii_whitespace().skip(4);
     let kind = u8::from_str_radix(words.next()?, 16).ok()?;
     let state = words.next()?;
     let name = words.nth(1)?.strip_prefix('@')?.to_owned();
-    (kind == SEQPACKET).then(|| Line { name, queued: state == CONNECTING })
+    (kind == SEQPACKET).then(|| Line {
+        name,
+        queued: state == CONNECTING,
+    })
 }
 
 #[cfg(test)]
@@ -127,14 +149,34 @@ mod tests {
 
     #[test]
     fn parse_proc_net_unix_line_separates_holder_and_waiters() {
-        let line = |state| format!("0000000000000000: 00000002 00000000 00010000 0005 {state} 12345 @lockkit/u0/a");
-        assert_eq!(parse(&line("01")), Some(Line { name: "lockkit/u0/a".into(), queued: false }));
+        let line = |state| {
+            format!("0000000000000000: 00000002 00000000 00010000 0005 {state} 12345 @lockkit/u0/a")
+        };
+        assert_eq!(
+            parse(&line("01")),
+            Some(Line {
+                name: "lockkit/u0/a".into(),
+                queued: false
+            })
+        );
         assert!(parse(&line("02")).unwrap().queued);
-        assert_eq!(parse("0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/x"), None);
-        assert_eq!(parse("0000000000000000: 00000002 00000000 00010000 0001 01 12345 @lockkit/u0/a"), None);
-        assert_eq!(parse("Num       RefCount Protocol Flags    Type St Inode Path"), None);
+        assert_eq!(
+            parse("0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/x"),
+            None
+        );
+        assert_eq!(
+            parse("0000000000000000: 00000002 00000000 00010000 0001 01 12345 @lockkit/u0/a"),
+            None
+        );
+        assert_eq!(
+            parse("Num       RefCount Protocol Flags    Type St Inode Path"),
+            None
+        );
         let list = [line("01"), line("02"), line("02")].join("\n");
         let sockets = Sockets::parse(&list);
-        assert_eq!(sockets.waiters(sockets.at("lockkit/u0/a").unwrap(), Some(0)), 2);
+        assert_eq!(
+            sockets.waiters(sockets.at("lockkit/u0/a").unwrap(), Some(0)),
+            2
+        );
     }
 }

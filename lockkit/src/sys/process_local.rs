@@ -1,11 +1,11 @@
 //! A value of which each process, also a forked one, has its own.
 //!
-//! A forked child makes a new value at its first use, and neither touches nor drops the inherited one: another thread of
-//! the parent may have locked it, or dropping it may affect the parent. So the inherited value leaks, once for each fork
-//! that is followed by a use.
+//! A forked child makes a new value at its first use, and neither touches nor drops the inherited
+//! one: another thread of the parent may have locked it, or dropping it may affect the parent. So
+//! the inherited value leaks, once for each fork that is followed by a use.
 //!
-//! All operations are sequentially consistent. A thread that makes a value and then reads a flag, and a thread that sets
-//! the flag and then gets the value, do not both miss the other's write.
+//! All operations are sequentially consistent. A thread that makes a value and then reads a flag,
+//! and a thread that sets the flag and then gets the value, do not both miss the other's write.
 
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -14,13 +14,16 @@ use super::fork::ProcessId;
 
 /// One value for each process, made at its first use.
 pub(crate) struct ProcessLocal<T> {
-    /// Null, or from `Box::into_raw`, with the process that made the value. No value is freed before `self` is dropped.
+    /// Null, or from `Box::into_raw`, with the process that made the value. No value is freed
+    /// before `self` is dropped.
     current: AtomicPtr<(ProcessId, T)>,
 }
 
 impl<T> ProcessLocal<T> {
     pub(crate) const fn new() -> Self {
-        Self { current: AtomicPtr::new(ptr::null_mut()) }
+        Self {
+            current: AtomicPtr::new(ptr::null_mut()),
+        }
     }
 }
 
@@ -36,15 +39,15 @@ impl<T: Send + Sync> ProcessLocal<T> {
         self.own(self.current.load(Ordering::SeqCst))
     }
 
-    /// Returns this process's value, and makes it at the first use. If several threads make one, one value stays and the
-    /// others are dropped.
+    /// Returns this process's value, and makes it at the first use. If several threads make one,
+    /// one value stays and the others are dropped.
     pub(crate) fn get_or_make(&self, make: impl FnOnce() -> T) -> &T {
         let made = self.get_or_try_make(|_| true, || Ok::<_, std::convert::Infallible>(make()));
         made.unwrap_or_else(|never| match never {})
     }
 
-    /// Returns this process's value as [`get_or_make`](Self::get_or_make) does, and replaces a value that is not good. A
-    /// replaced value leaks, because other threads may still use it.
+    /// Returns this process's value as [`get_or_make`](Self::get_or_make) does, and replaces a
+    /// value that is not good. A replaced value leaks, because other threads may still use it.
     pub(crate) fn get_or_try_make<E>(
         &self,
         is_good: impl Fn(&T) -> bool,
@@ -56,8 +59,12 @@ impl<T: Send + Sync> ProcessLocal<T> {
         }
         let fresh = Box::into_raw(Box::new((ProcessId::current(), make()?)));
         loop {
-            match self.current.compare_exchange(current, fresh, Ordering::SeqCst, Ordering::SeqCst) {
-                // SAFETY: from `Box::into_raw` above. Values live as long as `self`, which is borrowed.
+            match self
+                .current
+                .compare_exchange(current, fresh, Ordering::SeqCst, Ordering::SeqCst)
+            {
+                // SAFETY: from `Box::into_raw` above. Values live as long as `self`, which is
+                // borrowed.
                 Ok(_) => return Ok(unsafe { &(*fresh).1 }),
                 Err(other) => current = other,
             }
@@ -70,7 +77,8 @@ impl<T: Send + Sync> ProcessLocal<T> {
     }
 
     fn own(&self, current: *mut (ProcessId, T)) -> Option<&T> {
-        // SAFETY: null, or from `Box::into_raw` and shared only by reference. Values live as long as `self`.
+        // SAFETY: null, or from `Box::into_raw` and shared only by reference. Values live as long
+        // as `self`.
         let (maker, value) = unsafe { current.as_ref() }?;
         maker.is_current().then_some(value)
     }

@@ -1,4 +1,5 @@
-//! The name of an abstract socket as the identity of its descriptor. The identity is a hash of the name.
+//! The name of an abstract socket as the identity of its descriptor. The identity is a hash of the
+//! name.
 
 use std::os::fd::BorrowedFd;
 
@@ -14,11 +15,15 @@ pub(super) fn hash_of(address: &SocketAddrUnix) -> u64 {
         bytes[..word.len()].copy_from_slice(word);
         fnv::add(sum, u64::from_ne_bytes(bytes))
     };
-    address.abstract_name().unwrap_or_default().chunks(8).fold(fnv::BASIS, add)
+    address
+        .abstract_name()
+        .unwrap_or_default()
+        .chunks(8)
+        .fold(fnv::BASIS, add)
 }
 
-/// Whether the descriptor is a socket with the name of this hash. A connection that such a socket has accepted has the
-/// name, too.
+/// Whether the descriptor is a socket with the name of this hash. A connection that such a socket
+/// has accepted has the name, too.
 pub(super) fn has_name(descriptor: BorrowedFd<'_>, hash: u64) -> bool {
     match net::getsockname(descriptor) {
         Ok(found) => SocketAddrUnix::try_from(found).is_ok_and(|found| hash_of(&found) == hash),

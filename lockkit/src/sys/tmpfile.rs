@@ -1,4 +1,5 @@
-//! Files that have no name at first, so that a file is complete before it becomes visible: `O_TMPFILE` of [open(2)].
+//! Files that have no name at first, so that a file is complete before it becomes visible:
+//! `O_TMPFILE` of [open(2)].
 //!
 //! [open(2)]: https://man7.org/linux/man-pages/man2/open.2.html
 
@@ -12,12 +13,18 @@ use rustix::io::Errno;
 
 use super::failpoint::step;
 
-/// Creates a file without a name on the file system of `directory`, with `mode` less the umask. If the system cannot do
-/// that, the error is of the kind `Unsupported`.
+/// Creates a file without a name on the file system of `directory`, with `mode` less the umask. If
+/// the system cannot do that, the error is of the kind `Unsupported`.
 pub(crate) fn file_in(directory: &Path, mode: u32) -> io::Result<File> {
-    match open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(mode)) {
+    match open(
+        directory,
+        OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC,
+        Mode::from_raw_mode(mode),
+    ) {
         // The last two are the errors of systems that do not know the flag.
-        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Err(io::ErrorKind::Unsupported.into()),
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
+            Err(io::ErrorKind::Unsupported.into())
+        }
         opened => {
             let file = opened?.into();
             step("nameless file made");
@@ -26,7 +33,8 @@ pub(crate) fn file_in(directory: &Path, mode: u32) -> io::Result<File> {
     }
 }
 
-/// Names the file, unless the name exists. Without /proc, which this needs, the error is of the kind `Unsupported`.
+/// Names the file, unless the name exists. Without /proc, which this needs, the error is of the
+/// kind `Unsupported`.
 pub(crate) fn name(file: &File, path: &Path) -> io::Result<()> {
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
     match linkat(CWD, &link, CWD, path, AtFlags::SYMLINK_FOLLOW) {

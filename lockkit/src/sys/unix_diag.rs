@@ -1,7 +1,8 @@
-//! All Unix sockets of this network namespace, as the kernel describes them: [sock_diag(7)], `unix_diag`.
+//! All Unix sockets of this network namespace, as the kernel describes them: [sock_diag(7)],
+//! `unix_diag`.
 //!
-//! Unlike `/proc/net/unix` it shows the connections that wait at a listening socket, and whether each of them is still
-//! open.
+//! Unlike `/proc/net/unix` it shows the connections that wait at a listening socket, and whether
+//! each of them is still open.
 //!
 //! [sock_diag(7)]: https://man7.org/linux/man-pages/man7/sock_diag.7.html
 
@@ -22,11 +23,11 @@ pub(crate) struct Socket {
     pub(crate) uid: Option<u32>,
     /// The path, or the abstract name after a NUL byte.
     pub(crate) name: Vec<u8>,
-    /// The inodes of the connections that wait to be accepted; 0 for a connection whose other end is closed. `None` if
-    /// there are too many for a message.
+    /// The inodes of the connections that wait to be accepted; 0 for a connection whose other end
+    /// is closed. `None` if there are too many for a message.
     pub(crate) queue: Option<Vec<u32>>,
-    /// For a listener, the number of connections that wait to be accepted; for a connection, the number of bytes that
-    /// wait to be read.
+    /// For a listener, the number of connections that wait to be accepted; for a connection, the
+    /// number of bytes that wait to be read.
     pub(crate) waiting: u32,
     /// The number of bytes that it has sent and its peer has not read, with their overhead.
     pub(crate) unread: u32,
@@ -37,41 +38,56 @@ pub(crate) const ESTABLISHED: u8 = 1;
 pub(crate) const CLOSE: u8 = 7;
 pub(crate) const LISTEN: u8 = 10;
 
-/// The kernel puts no more into one message, and only puts that much if the reader had room for it before.
+/// The kernel puts no more into one message, and only puts that much if the reader had room for it
+/// before.
 const MESSAGE: usize = 32 << 10;
 const HEADER: usize = 16;
 
 /// Returns every socket that is connected, or listens, or is bound and does not listen yet.
 ///
-/// A queue of more than about 8,000 connections fits into no message, and the kernel silently ends the list at such a
-/// socket. (Longer queues exist if `net.core.somaxconn` was raised.) So the list is requested once more without queues.
-/// Sockets that only the second list contains are returned without their queues.
+/// A queue of more than about 8,000 connections fits into no message, and the kernel silently ends
+/// the list at such a socket. (Longer queues exist if `net.core.somaxconn` was raised.) So the list
+/// is requested once more without queues. Sockets that only the second list contains are returned
+/// without their queues.
 ///
 /// # Errors
-/// Returns the errors of the system calls, for example if a filter forbids netlink; `EOPNOTSUPP` if the kernel has no
-/// `unix_diag`.
+/// Returns the errors of the system calls, for example if a filter forbids netlink; `EOPNOTSUPP` if
+/// the kernel has no `unix_diag`.
 pub(crate) fn dump() -> Result<Vec<Socket>> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let kernel = net::socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, Some(netlink::SOCK_DIAG))?;
+    let kernel = net::socket_with(
+        AddressFamily::NETLINK,
+        SocketType::DGRAM,
+        flags,
+        Some(netlink::SOCK_DIAG),
+    )?;
     let mut sockets = Vec::new();
     let mut buffer = vec![0; MESSAGE];
     let mut request_list = |states, show, sockets: &mut Vec<Socket>| {
         retry_on_intr(|| net::send(&kernel, &request(states, show), SendFlags::empty()))?;
         loop {
-            let (length, _) = retry_on_intr(|| net::recv(&kernel, &mut buffer[..], RecvFlags::DONTWAIT))?;
+            let (length, _) =
+                retry_on_intr(|| net::recv(&kernel, &mut buffer[..], RecvFlags::DONTWAIT))?;
             if read_messages(buffer.get(..length).unwrap_or_default(), sockets)? {
                 return Ok(());
             }
         }
     };
-    // The first answer is empty, and shows the kernel how large a message may be. A full queue does not fit into the
-    // kernel's initial size, and would end the list there.
+    // The first answer is empty, and shows the kernel how large a message may be. A full queue does
+    // not fit into the kernel's initial size, and would end the list there.
     request_list(0, SHOW, &mut sockets)?;
-    request_list(1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN, SHOW | SHOW_QUEUE, &mut sockets)?;
+    request_list(
+        1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN,
+        SHOW | SHOW_QUEUE,
+        &mut sockets,
+    )?;
     let mut all = Vec::new();
     request_list(1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN, SHOW, &mut all)?;
     let known: HashSet<u32> = sockets.iter().map(|socket| socket.inode).collect();
-    sockets.extend(all.into_iter().filter(|socket| !known.contains(&socket.inode)));
+    sockets.extend(
+        all.into_iter()
+            .filter(|socket| !known.contains(&socket.inode)),
+    );
     Ok(sockets)
 }
 
@@ -120,14 +136,25 @@ fn read_socket(body: &[u8]) -> Option<Socket> {
     const ICONS: u16 = 3;
     const RQLEN: u16 = 4;
     const UID: u16 = 7;
-    let mut socket = Socket { kind: *body.get(1)?, state: *body.get(2)?, inode: u32_at(body, 4)?, ..Socket::default() };
+    let mut socket = Socket {
+        kind: *body.get(1)?,
+        state: *body.get(2)?,
+        inode: u32_at(body, 4)?,
+        ..Socket::default()
+    };
     let mut rest = body.get(HEADER..)?;
     while let (Some(length), Some(kind)) = (u16_at(rest, 0), u16_at(rest, 2)) {
         let length = usize::from(length);
         let value = rest.get(4..length)?;
         match kind {
             NAME => socket.name = value.to_vec(),
-            ICONS => socket.queue = Some((0..value.len() / 4).filter_map(|at| u32_at(value, 4 * at)).collect()),
+            ICONS => {
+                socket.queue = Some(
+                    (0..value.len() / 4)
+                        .filter_map(|at| u32_at(value, 4 * at))
+                        .collect(),
+                )
+            }
             RQLEN => (socket.waiting, socket.unread) = (u32_at(value, 0)?, u32_at(value, 4)?),
             UID => socket.uid = u32_at(value, 0),
             _ => {}
@@ -173,7 +200,13 @@ mod tests {
         let whole = [message(20, &body), message(3, &[0; 4])].concat();
         let mut sockets = Vec::new();
         assert_eq!(read_messages(&whole, &mut sockets), Ok(true));
-        let expected = Socket { kind: 5, state: LISTEN, inode: 7, queue: Some(vec![1, 0]), ..Socket::default() };
+        let expected = Socket {
+            kind: 5,
+            state: LISTEN,
+            inode: 7,
+            queue: Some(vec![1, 0]),
+            ..Socket::default()
+        };
         assert_eq!(sockets, [expected]);
         for end in 0..whole.len() {
             let mut some = Vec::new();
@@ -183,13 +216,23 @@ mod tests {
         for at in 0..body.len() {
             read_socket(&body[..at]);
         }
-        assert_eq!(read_messages(&message(2, &(-2_i32).to_ne_bytes()), &mut sockets), Err(Errno::OPNOTSUPP));
+        assert_eq!(
+            read_messages(&message(2, &(-2_i32).to_ne_bytes()), &mut sockets),
+            Err(Errno::OPNOTSUPP)
+        );
     }
 
     #[test]
     fn dump_shows_live_and_closed_connections_of_queue() {
-        let socket =
-            || net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let socket = || {
+            net::socket_with(
+                AddressFamily::UNIX,
+                SocketType::SEQPACKET,
+                SocketFlags::CLOEXEC,
+                None,
+            )
+            .unwrap()
+        };
         let name = format!("lockkit-test-diag-{}", std::process::id());
         let address = net::SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
         let listener = socket();
@@ -207,8 +250,14 @@ mod tests {
         };
         let inode = rustix::fs::fstat(live.as_fd()).unwrap().st_ino as u32;
         let name = [b"\0", name.as_bytes()].concat();
-        let found = sockets.iter().find(|socket| socket.state == LISTEN && socket.name == name).unwrap();
-        assert_eq!((found.queue.as_deref(), found.waiting), (Some(&[inode, 0][..]), 2));
+        let found = sockets
+            .iter()
+            .find(|socket| socket.state == LISTEN && socket.name == name)
+            .unwrap();
+        assert_eq!(
+            (found.queue.as_deref(), found.waiting),
+            (Some(&[inode, 0][..]), 2)
+        );
         let waiter = sockets.iter().find(|socket| socket.inode == inode).unwrap();
         assert!(waiter.state == ESTABLISHED && waiter.unread > 0);
         assert_eq!(waiter.uid, Some(rustix::process::geteuid().as_raw()));

@@ -1,8 +1,8 @@
 //! Whether a uid means one user.
 //!
-//! In a user namespace the kernel shows every user that the namespace does not map as one number, the overflow uid
-//! ([user_namespaces(7)], "Unmapped user and group IDs"). A process with that uid cannot distinguish its own user from
-//! those users by the number.
+//! In a user namespace the kernel shows every user that the namespace does not map as one number,
+//! the overflow uid ([user_namespaces(7)], "Unmapped user and group IDs"). A process with that uid
+//! cannot distinguish its own user from those users by the number.
 //!
 //! [user_namespaces(7)]: https://man7.org/linux/man-pages/man7/user_namespaces.7.html
 
@@ -19,8 +19,17 @@ fn overflow_uid() -> u32 {
     /// `DEFAULT_OVERFLOWUID`, for a process without /proc.
     const DEFAULT: u32 = 65_534;
     static READ: OnceLock<u32> = OnceLock::new();
-    let read = || fs::read_to_string("/proc/sys/kernel/overflowuid").ok()?.trim().parse().ok();
-    READ.get().copied().or_else(|| read().map(|uid| *READ.get_or_init(|| uid))).unwrap_or(DEFAULT)
+    let read = || {
+        fs::read_to_string("/proc/sys/kernel/overflowuid")
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    };
+    READ.get()
+        .copied()
+        .or_else(|| read().map(|uid| *READ.get_or_init(|| uid)))
+        .unwrap_or(DEFAULT)
 }
 
 /// Whether a map contains every uid: all but the highest number, which is no uid.

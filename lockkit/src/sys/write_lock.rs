@@ -1,10 +1,12 @@
 //! The lock of a pidfile's holder, which a process that may only read the file cannot acquire.
 //!
-//! On Linux it is a write lock of the open file ([`ofd`](super::ofd)). The kernel grants one only through a descriptor
-//! that is open for writing, and distinguishes write locks from read locks. So the locks of readers delay no holder,
-//! and are not mistaken for one. Forked children share the lock with the open file.
+//! On Linux it is a write lock of the open file ([`ofd`](super::ofd)). The kernel grants one only
+//! through a descriptor that is open for writing, and distinguishes write locks from read locks. So
+//! the locks of readers delay no holder, and are not mistaken for one. Forked children share the
+//! lock with the open file.
 //!
-//! Elsewhere, and on a kernel without such locks (`EINVAL`), it is flock(2), which readers can acquire, too.
+//! Elsewhere, and on a kernel without such locks (`EINVAL`), it is flock(2), which readers can
+//! acquire, too.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +14,8 @@ use std::io;
 use super::failpoint::step;
 use super::{flock, ofd};
 
-/// Acquires the lock if no process has a lock on the file. Returns whether it did. The file must be open for writing.
+/// Acquires the lock if no process has a lock on the file. Returns whether it did. The file must be
+/// open for writing.
 pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
     if let Some(answer) = supported(ofd::try_write_lock(file)) {
         let acquired = answer?;
@@ -32,8 +35,8 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
     flock::unlock(file)
 }
 
-/// Returns the process that has the lock through another open file, or 0 if the system does not name it. Returns `None`
-/// if no process has it.
+/// Returns the process that has the lock through another open file, or 0 if the system does not
+/// name it. Returns `None` if no process has it.
 pub(crate) fn holder(file: &File) -> io::Result<Option<u32>> {
     if let Some(answer) = supported(ofd::writer(file)) {
         return answer;
@@ -45,8 +48,8 @@ pub(crate) fn holder(file: &File) -> io::Result<Option<u32>> {
     }
 }
 
-/// Sleeps until no other process has the lock. The file must be open for reading. Closing it removes what the wait
-/// leaves behind.
+/// Sleeps until no other process has the lock. The file must be open for reading. Closing it
+/// removes what the wait leaves behind.
 pub(crate) fn wait(file: &File) -> io::Result<()> {
     if let Some(answer) = supported(ofd::wait_for_writers(file)) {
         return answer.inspect(|()| step("write lock waited for"));
@@ -56,9 +59,17 @@ pub(crate) fn wait(file: &File) -> io::Result<()> {
 
 /// Returns the kernel's answer, or `None` if the system does not know the command.
 fn supported<T>(answer: io::Result<T>) -> Option<io::Result<T>> {
-    // Linux has the locks since 3.15, and some kernels that emulate Linux have none (`EINVAL`, `ENOSYS`).
+    // Linux has the locks since 3.15, and some kernels that emulate Linux have none (`EINVAL`,
+    // `ENOSYS`).
     let is_unknown = |error: &io::Error| {
-        matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) || flock::is_unsupported(error)
+        matches!(
+            error.kind(),
+            io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported
+        ) || flock::is_unsupported(error)
     };
-    if answer.as_ref().is_err_and(is_unknown) { None } else { Some(answer) }
+    if answer.as_ref().is_err_and(is_unknown) {
+        None
+    } else {
+        Some(answer)
+    }
 }

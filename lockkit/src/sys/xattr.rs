@@ -16,9 +16,13 @@ const ABSENT: Errno = Errno::NODATA;
 #[cfg(not(target_os = "linux"))]
 const ABSENT: Errno = Errno::from_raw_os_error(libc::ENOATTR);
 
-/// Reads the attribute `name`, if the file has it and it fits into `buffer`. Returns `None` if the file has none,
-/// or a longer one, or if the file system has no attributes.
-pub(crate) fn get<'b>(file: &File, name: &str, buffer: &'b mut [u8]) -> io::Result<Option<&'b [u8]>> {
+/// Reads the attribute `name`, if the file has it and it fits into `buffer`. Returns `None` if the
+/// file has none, or a longer one, or if the file system has no attributes.
+pub(crate) fn get<'b>(
+    file: &File,
+    name: &str,
+    buffer: &'b mut [u8],
+) -> io::Result<Option<&'b [u8]>> {
     match fgetxattr(file, name, &mut *buffer) {
         Ok(length) => Ok(buffer.get(..length)),
         Err(ABSENT | Errno::OPNOTSUPP | Errno::NOSYS | Errno::RANGE) => Ok(None),

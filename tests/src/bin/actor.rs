@@ -1,6 +1,9 @@
-//! The second process of the tests; see `lockkit_tests::helper_process`, `chaos` and `crash_points`.
+//! The second process of the tests; see `lockkit_tests::helper_process`, `chaos` and
+//! `crash_points`.
 
-use lockkit_tests::{Spec, async_conformance, chaos, crash_points, helper_process, leases, managers};
+use lockkit_tests::{
+    Spec, async_conformance, chaos, crash_points, helper_process, leases, managers,
+};
 #[cfg(target_os = "linux")]
 use lockkit_tests::{fault_injection, hostile, instances, realtime};
 
@@ -10,7 +13,10 @@ const USAGE: &str = "actor [stormed] sleep SECONDS | squat NAME | queue NAME | h
 fn main() {
     // The arguments of an instance may be any bytes.
     #[cfg(target_os = "linux")]
-    if std::env::args_os().nth(1).is_some_and(|part| part == "instance") {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|part| part == "instance")
+    {
         return instances::serve(&std::env::args_os().nth(2).expect("a name"));
     }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -37,9 +43,11 @@ fn main() {
         #[cfg(target_os = "linux")]
         ["pretend", place] => instances::listen_as_other_user(place),
         [spec] => helper_process::serve(&Spec::parse(spec)),
-        [spec, "chaos", logs, seed] => {
-            chaos::run_chaos_worker(&Spec::parse(spec), logs.as_ref(), seed.parse().expect("a seed"))
-        }
+        [spec, "chaos", logs, seed] => chaos::run_chaos_worker(
+            &Spec::parse(spec),
+            logs.as_ref(),
+            seed.parse().expect("a seed"),
+        ),
         [spec, "stress", counter, rounds] => {
             lockkit_tests::conformance::count_up(
                 &Spec::parse(spec),
@@ -48,20 +56,32 @@ fn main() {
             );
         }
         ["sleep", seconds] => {
-            std::thread::sleep(std::time::Duration::from_secs(seconds.parse().expect("a number")));
+            std::thread::sleep(std::time::Duration::from_secs(
+                seconds.parse().expect("a number"),
+            ));
         }
         ["table", table] => managers::serve(&managers::Table::parse(table)),
         ["lease", terms] => leases::serve(&leases::Terms::parse(terms)),
         ["lease", terms, "chaos", logs, seed] => {
-            leases::run_chaos_worker(&leases::Terms::parse(terms), logs.as_ref(), seed.parse().expect("a seed"));
+            leases::run_chaos_worker(
+                &leases::Terms::parse(terms),
+                logs.as_ref(),
+                seed.parse().expect("a seed"),
+            );
         }
         #[cfg(target_os = "linux")]
-        [spec, "closed", go] => fault_injection::lock_on_the_standard_descriptors(&Spec::parse(spec), go.as_ref()),
-        [spec, "tasks", flavor, rounds] => {
-            async_conformance::drop_futures_at_random(&Spec::parse(spec), flavor, rounds.parse().expect("a number"))
+        [spec, "closed", go] => {
+            fault_injection::lock_on_the_standard_descriptors(&Spec::parse(spec), go.as_ref())
         }
+        [spec, "tasks", flavor, rounds] => async_conformance::drop_futures_at_random(
+            &Spec::parse(spec),
+            flavor,
+            rounds.parse().expect("a number"),
+        ),
         #[cfg(target_os = "linux")]
-        [spec, "closed-input"] => lockkit_tests::conformance::lock_on_descriptor_zero(&Spec::parse(spec)),
+        [spec, "closed-input"] => {
+            lockkit_tests::conformance::lock_on_descriptor_zero(&Spec::parse(spec))
+        }
         [spec, "steps", scenario] => crash_points::run_scenario(&Spec::parse(spec), scenario),
         _ => panic!("{USAGE}"),
     }

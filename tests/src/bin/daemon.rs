@@ -1,9 +1,10 @@
 //! A daemon: acquires the pidfile PATH, forks, and lets the child continue as the owner.
 //!
-//! One command per line, one answer per line: `fork`, then `rewrite` for the child, then `release`. ORDER says which
-//! process acts first. With `parent` the parent exits immediately, as daemon(3) does. With `child` the parent waits for
-//! a message from the child, and then drops its copy of the guard. `closes` is as `child`, and the child closes all
-//! inherited descriptors before it rewrites.
+//! One command per line, one answer per line: `fork`, then `rewrite` for the child, then `release`.
+//! ORDER says which process acts first. With `parent` the parent exits immediately, as daemon(3)
+//! does. With `child` the parent waits for a message from the child, and then drops its copy of the
+//! guard. `closes` is as `child`, and the child closes all inherited descriptors before it
+//! rewrites.
 
 #[cfg(unix)]
 use std::io::{Read, Write};
@@ -16,13 +17,17 @@ use rustix::process::getppid;
 #[cfg(unix)]
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    let [_, path, order] = &arguments[..] else { panic!("daemon PATH ORDER") };
+    let [_, path, order] = &arguments[..] else {
+        panic!("daemon PATH ORDER")
+    };
     let mut lines = std::io::stdin().lines().map_while(Result::ok);
     let mut expect = |command: &str| match lines.next() {
         Some(line) => assert_eq!(line, command),
         None => std::process::exit(0),
     };
-    let mut guard = PidFile::new(path).and_then(|file| file.try_lock()).expect("free");
+    let mut guard = PidFile::new(path)
+        .and_then(|file| file.try_lock())
+        .expect("free");
     println!("held");
     expect("fork");
     let parent = std::process::id();

@@ -10,11 +10,15 @@ use std::time::{Duration, Instant};
 use rustix::process::Resource;
 
 use super::acquire::{
-    ACQUIRE_COMMANDS, ACQUIRE_IN_TIME, acquire_in_every_way, assert_each_acquires, assert_released_or_error, files,
-    files_of_ordinary_use,
+    ACQUIRE_COMMANDS, ACQUIRE_IN_TIME, acquire_in_every_way, assert_each_acquires,
+    assert_released_or_error, files, files_of_ordinary_use,
 };
-use super::resources::{MountNamespace, command_under_signals, is_renewed, limit, start_without_sigxfsz};
-use super::system_calls::{acquire_without_contention, fail_each_call, hand_over, run_lock_scenario};
+use super::resources::{
+    MountNamespace, command_under_signals, is_renewed, limit, start_without_sigxfsz,
+};
+use super::system_calls::{
+    acquire_without_contention, fail_each_call, hand_over, run_lock_scenario,
+};
 use crate::{Actor, Belongings, Kind, another_user, conformance, crash_points, program, until};
 
 pub fn file_size_limit_fails_or_has_no_effect(kind: Kind) {
@@ -25,7 +29,10 @@ pub fn file_size_limit_fails_or_has_no_effect(kind: Kind) {
         limited.expect("owner", "owner none");
         limit(&limited, Resource::Fsize, Some(limit_bytes));
         let held = acquire_in_every_way(&mut limited, &["File too large"]);
-        println!("{kind:?}, no file longer than {limit_bytes}: held {held} times of {}", ACQUIRE_COMMANDS.len());
+        println!(
+            "{kind:?}, no file longer than {limit_bytes}: held {held} times of {}",
+            ACQUIRE_COMMANDS.len()
+        );
         assert_each_acquires(&mut [&mut other]);
         limit(&limited, Resource::Fsize, None);
         assert_each_acquires(&mut [&mut limited, &mut other]);
@@ -35,7 +42,10 @@ pub fn file_size_limit_fails_or_has_no_effect(kind: Kind) {
         assert_released_or_error(&limited.ask("release"), &["File too large"]);
         limit(&limited, Resource::Fsize, None);
         assert_each_acquires(&mut [&mut other, &mut limited]);
-        assert_eq!(files(&spec, Path::new("/")), files_of_ordinary_use(kind, &spec));
+        assert_eq!(
+            files(&spec, Path::new("/")),
+            files_of_ordinary_use(kind, &spec)
+        );
         spec.clean();
     }
 }
@@ -50,7 +60,10 @@ pub fn process_killed_by_file_size_limit_holds_nothing(kind: Kind) {
     assert!(answer == "held" || answer == "gone", "{answer}");
     limited.kill();
     let next = other.ask(ACQUIRE_IN_TIME);
-    assert!(next == "held" || next == conformance::told(kind, limited.pid()), "{next}");
+    assert!(
+        next == "held" || next == conformance::told(kind, limited.pid()),
+        "{next}"
+    );
     other.expect("release", "released");
     assert_each_acquires(&mut [&mut other, &mut Actor::start(&spec)]);
     spec.clean();
@@ -64,7 +77,10 @@ pub fn process_limit_fails_or_has_no_effect(kind: Kind) {
     other.expect("owner", "owner none");
     limited.expect("limit-threads 0", "limited");
     let held = acquire_in_every_way(&mut limited, &["Resource temporarily unavailable"]);
-    println!("{kind:?}, no further process: held {held} times of {}", ACQUIRE_COMMANDS.len());
+    println!(
+        "{kind:?}, no further process: held {held} times of {}",
+        ACQUIRE_COMMANDS.len()
+    );
     assert_each_acquires(&mut [&mut other]);
     limited.expect("limit-threads all", "limited");
     assert_each_acquires(&mut [&mut limited, &mut other]);
@@ -76,7 +92,9 @@ pub fn process_limit_fails_or_has_no_effect(kind: Kind) {
 }
 
 pub fn full_file_system_fails_or_has_no_effect(kind: Kind) {
-    let Some(namespace) = MountNamespace::new() else { return };
+    let Some(namespace) = MountNamespace::new() else {
+        return;
+    };
     let spec = kind.fresh();
     // The processes of a table have it open. All others have yet to create their files.
     let [mut one, mut other] = [(); 2].map(|()| namespace.start(&spec, 0));
@@ -86,9 +104,16 @@ pub fn full_file_system_fails_or_has_no_effect(kind: Kind) {
     namespace.fill();
     let full = &["No space left on device"];
     let held = acquire_in_every_way(&mut one, full);
-    println!("{kind:?}, no room: held {held} times of {}", ACQUIRE_COMMANDS.len());
+    println!(
+        "{kind:?}, no room: held {held} times of {}",
+        ACQUIRE_COMMANDS.len()
+    );
     if held == 0 {
-        assert_eq!(files(&spec, &namespace.root()), before, "no incomplete file is left");
+        assert_eq!(
+            files(&spec, &namespace.root()),
+            before,
+            "no incomplete file is left"
+        );
     }
     namespace.make_room();
     assert_each_acquires(&mut [&mut one, &mut other]);
@@ -101,18 +126,32 @@ pub fn full_file_system_fails_or_has_no_effect(kind: Kind) {
 }
 
 pub fn read_only_file_system_fails_or_has_no_effect(kind: Kind) {
-    let Some(namespace) = MountNamespace::new() else { return };
-    unwritable(kind, &namespace, 0, || namespace.remount("ro"), || namespace.remount("rw"), "Read-only file system");
+    let Some(namespace) = MountNamespace::new() else {
+        return;
+    };
+    unwritable(
+        kind,
+        &namespace,
+        0,
+        || namespace.remount("ro"),
+        || namespace.remount("rw"),
+        "Read-only file system",
+    );
 }
 
 pub fn unwritable_directory_fails_or_has_no_effect(kind: Kind) {
-    let (Some(namespace), Some(user)) = (MountNamespace::new(), another_user()) else { return };
-    let (close, open) = (|| namespace.set_modes(0o755), || namespace.set_modes(0o1777));
+    let (Some(namespace), Some(user)) = (MountNamespace::new(), another_user()) else {
+        return;
+    };
+    let (close, open) = (
+        || namespace.set_modes(0o755),
+        || namespace.set_modes(0o1777),
+    );
     unwritable(kind, &namespace, user.uid, close, open, "Permission denied");
 }
 
-/// Checks that an actor that starts when no file can be created gets an error, if it needs a file, and acquires
-/// afterwards.
+/// Checks that an actor that starts when no file can be created gets an error, if it needs a file,
+/// and acquires afterwards.
 fn unwritable(
     kind: Kind,
     namespace: &MountNamespace,
@@ -127,11 +166,20 @@ fn unwritable(
     let opened = early.ask("owner");
     if opened == "gone" {
         // The actor must have its table from the start.
-        assert!(["shm", "directory"].contains(&kind.name()), "{kind:?} is opened without files");
+        assert!(
+            ["shm", "directory"].contains(&kind.name()),
+            "{kind:?} is opened without files"
+        );
     } else {
         let held = acquire_in_every_way(&mut early, &[cause]);
-        println!("{kind:?}, {cause}: held {held} times of {}", ACQUIRE_COMMANDS.len());
-        assert!(held == ACQUIRE_COMMANDS.len() || held == 0, "all requests have the same result");
+        println!(
+            "{kind:?}, {cause}: held {held} times of {}",
+            ACQUIRE_COMMANDS.len()
+        );
+        assert!(
+            held == ACQUIRE_COMMANDS.len() || held == 0,
+            "all requests have the same result"
+        );
     }
     // Its open files would prevent the remount of the file system.
     drop(early);
@@ -144,7 +192,10 @@ fn unwritable(
     let mut late = namespace.start(&spec, uid);
     if late.ask("owner") != "gone" {
         let held = acquire_in_every_way(&mut late, &[cause]);
-        println!("{kind:?}, {cause}, all made before: held {held} times of {}", ACQUIRE_COMMANDS.len());
+        println!(
+            "{kind:?}, {cause}, all made before: held {held} times of {}",
+            ACQUIRE_COMMANDS.len()
+        );
     }
     drop(late);
     restore_access();
@@ -155,7 +206,9 @@ fn unwritable(
 pub fn waiter_under_signals_acquires_times_out_and_recovers(kind: Kind) {
     let spec = kind.fresh();
     let mut holder = Actor::start(&spec);
-    let mut waiter = Actor::start_with(&spec, |command| *command = command_under_signals(&spec, &[]));
+    let mut waiter = Actor::start_with(&spec, |command| {
+        *command = command_under_signals(&spec, &[])
+    });
     assert_each_acquires(&mut [&mut holder, &mut waiter]);
     holder.expect("lock", "held");
     let mut before = None;
@@ -163,7 +216,10 @@ pub fn waiter_under_signals_acquires_times_out_and_recovers(kind: Kind) {
         let start = Instant::now();
         let answer = waiter.ask(&format!("lock-for {span}"));
         assert!(answer.starts_with("error Timeout"), "{answer}");
-        assert!(start.elapsed() >= Duration::from_millis(span), "the waiter timed out too early");
+        assert!(
+            start.elapsed() >= Duration::from_millis(span),
+            "the waiter timed out too early"
+        );
     }
     for command in ["lock", "lock-for 20000", "lock"] {
         waiter.tell_to_wait(command);
@@ -174,7 +230,10 @@ pub fn waiter_under_signals_acquires_times_out_and_recovers(kind: Kind) {
         waiter.expect("release", "released");
         assert_eq!(holder.answer(), "held");
         let now = Belongings::of(waiter.pid());
-        assert_eq!(before.get_or_insert_with(|| Belongings::of(waiter.pid())), &now);
+        assert_eq!(
+            before.get_or_insert_with(|| Belongings::of(waiter.pid())),
+            &now
+        );
     }
     for command in ["lock", "lock-for 20000"] {
         waiter.tell_to_wait(command);
@@ -193,13 +252,21 @@ pub fn processes_under_signals_lose_no_count(kind: Kind) {
     let counter = directory.path().join("counter");
     fs::write(&counter, "0").unwrap();
     let counter_text = counter.display().to_string();
-    let workers: Vec<_> =
-        (0..5).map(|_| command_under_signals(&spec, &["stress", &counter_text, "60"]).spawn().unwrap()).collect();
+    let workers: Vec<_> = (0..5)
+        .map(|_| {
+            command_under_signals(&spec, &["stress", &counter_text, "60"])
+                .spawn()
+                .unwrap()
+        })
+        .collect();
     for mut worker in workers {
         assert!(worker.wait().unwrap().success());
     }
     assert_eq!(fs::read_to_string(counter).unwrap(), "300");
-    assert_eq!(files(&spec, Path::new("/")), files_of_ordinary_use(kind, &spec));
+    assert_eq!(
+        files(&spec, Path::new("/")),
+        files_of_ordinary_use(kind, &spec)
+    );
     spec.clean();
 }
 
@@ -209,11 +276,19 @@ pub fn lock_on_standard_descriptors_excludes_others(kind: Kind) {
     let go = directory.path().join("go");
     let mut closed = Command::new(program("actor"));
     closed.arg(spec.invite()).arg("closed").arg(&go);
-    let mut closed = closed.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut closed = closed
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let mut other = Actor::start(&spec);
     until("the process holds the lock", || {
         let ended = closed.try_wait().unwrap();
-        assert_eq!(ended, None, "the process ended before the file `go` existed");
+        assert_eq!(
+            ended, None,
+            "the process ended before the file `go` existed"
+        );
         match other.ask("try") {
             held if held == "held" => {
                 other.expect("release", "released");
@@ -225,7 +300,10 @@ pub fn lock_on_standard_descriptors_excludes_others(kind: Kind) {
     fs::write(&go, "").unwrap();
     assert!(closed.wait().unwrap().success());
     assert_each_acquires(&mut [&mut other]);
-    assert_eq!(files(&spec, Path::new("/")), files_of_ordinary_use(kind, &spec));
+    assert_eq!(
+        files(&spec, Path::new("/")),
+        files_of_ordinary_use(kind, &spec)
+    );
     spec.clean();
 }
 
@@ -247,7 +325,10 @@ pub fn c7_drop_after_close_range_keeps_other_files(kind: Kind) {
         match end {
             "release" => {
                 let answer = victim.ask("release");
-                assert!(answer == "released" || answer.contains("closed the descriptor"), "{answer}");
+                assert!(
+                    answer == "released" || answer.contains("closed the descriptor"),
+                    "{answer}"
+                );
             }
             _ => {
                 victim.expect("set-aside", "aside");
@@ -275,7 +356,8 @@ pub fn c7_lock_after_close_range_excludes_others(kind: Kind) {
         victim.expect("close-all", "closed");
         victim.ask("release");
         if kind.name() == "shm" {
-            // A process that has closed the descriptor of its slot looks dead to others until it attaches again.
+            // A process that has closed the descriptor of its slot looks dead to others until it
+            // attaches again.
             victim.expect("reopen", "open");
         }
         for command in ACQUIRE_COMMANDS {
@@ -287,7 +369,8 @@ pub fn c7_lock_after_close_range_excludes_others(kind: Kind) {
             victim.expect("others", "kept");
         }
         assert_each_acquires(&mut [&mut other, &mut victim]);
-        // Another holder's lock does not prevent the detection, and no wait ends through another file.
+        // Another holder's lock does not prevent the detection, and no wait ends through another
+        // file.
         other.expect("lock", "held");
         victim.expect("close-all", "closed");
         if kind.name() == "shm" {
@@ -310,7 +393,10 @@ pub fn c7_token_after_close_range_still_cancels(kind: Kind) {
     let spec = kind.fresh();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
     holder.expect("lock", "held");
-    waiter.expect("close-token", "error Timeout, error Timeout, error Cancelled");
+    waiter.expect(
+        "close-token",
+        "error Timeout, error Timeout, error Cancelled",
+    );
     waiter.expect("others", "kept");
     holder.expect("release", "released");
     spec.clean();
@@ -342,9 +428,13 @@ pub fn lock_has_crash_point_between_any_two_changes(kind: Kind) {
 }
 
 pub fn failed_system_call_without_contention_recovers(kind: Kind) {
-    fail_each_call(kind.name(), |fault| run_lock_scenario(kind, acquire_without_contention, fault));
+    fail_each_call(kind.name(), |fault| {
+        run_lock_scenario(kind, acquire_without_contention, fault)
+    });
 }
 
 pub fn failed_system_call_during_handover_recovers(kind: Kind) {
-    fail_each_call(kind.name(), |fault| run_lock_scenario(kind, hand_over, fault));
+    fail_each_call(kind.name(), |fault| {
+        run_lock_scenario(kind, hand_over, fault)
+    });
 }

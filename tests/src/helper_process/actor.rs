@@ -23,8 +23,8 @@ pub struct Actor {
 /// The line before a request for a lock, where nothing else shows that the process waits.
 const ASKS: &str = "asks";
 
-/// Announces a request for a lock, where nothing else shows that a process waits. The process calls it before the
-/// request.
+/// Announces a request for a lock, where nothing else shows that a process waits. The process calls
+/// it before the request.
 pub(crate) fn announce() {
     if !cfg!(target_os = "linux") {
         println!("{ASKS}");
@@ -37,15 +37,22 @@ impl Actor {
         Self::start_with(spec, |_| {})
     }
 
-    /// Starts an actor with its command changed by `change`, such as another user or other variables.
+    /// Starts an actor with its command changed by `change`, such as another user or other
+    /// variables.
     pub fn start_with(spec: &Spec, change: impl FnOnce(&mut Command)) -> Self {
         Self::start_part([spec.invite()], change)
     }
 
     /// Starts the program with these arguments, and its command changed by `change`.
-    pub(crate) fn start_part<const N: usize>(arguments: [String; N], change: impl FnOnce(&mut Command)) -> Self {
+    pub(crate) fn start_part<const N: usize>(
+        arguments: [String; N],
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
         let mut command = Command::new(program("actor"));
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         change(&mut command);
         Self::run(command)
     }
@@ -53,16 +60,20 @@ impl Actor {
     /// Starts an actor that waits in tasks and gives up at random; see
     /// [`async_conformance::drop_futures_at_random`](crate::async_conformance::drop_futures_at_random).
     pub fn start_tasks(spec: &Spec, flavor: &str, rounds: u32) -> Self {
-        Self::start_with(spec, |command| _ = command.args(["tasks", flavor, &rounds.to_string()]))
+        Self::start_with(spec, |command| {
+            _ = command.args(["tasks", flavor, &rounds.to_string()])
+        })
     }
 
-    /// Starts an actor as another user, which only root can; see [`another_user`](crate::another_user).
+    /// Starts an actor as another user, which only root can; see
+    /// [`another_user`](crate::another_user).
     #[cfg(target_os = "linux")]
     pub fn start_as(spec: &Spec, uid: u32) -> Self {
         Self::run(as_user(uid, [spec.invite()]))
     }
 
-    /// Starts the actor in another part than that of serving a lock: `rogue` is its part. It runs as the user `uid`.
+    /// Starts the actor in another part than that of serving a lock: `rogue` is its part. It runs
+    /// as the user `uid`.
     #[cfg(target_os = "linux")]
     pub fn start_rogue(rogue: [&str; 2], uid: u32) -> Self {
         Self::run(as_user(uid, rogue))
@@ -83,7 +94,13 @@ impl Actor {
                 }
             }
         });
-        Self { child, commands, answers, open: 0, asks }
+        Self {
+            child,
+            commands,
+            answers,
+            open: 0,
+            asks,
+        }
     }
 
     /// Returns its pid.
@@ -121,8 +138,8 @@ impl Actor {
         Some(answer)
     }
 
-    /// Returns whether the actor sleeps outside of reading a command. Where the system does not show that, returns
-    /// whether it has announced a request for a lock a moment ago.
+    /// Returns whether the actor sleeps outside of reading a command. Where the system does not
+    /// show that, returns whether it has announced a request for a lock a moment ago.
     pub fn waits(&self) -> bool {
         if !cfg!(target_os = "linux") {
             // The pause lets most actors fall asleep.
@@ -131,8 +148,14 @@ impl Actor {
         let pid = self.pid();
         let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
         // `read` and `readv`, by which the actor reads its commands.
-        let reads = if cfg!(target_arch = "x86_64") { ["0 0x0 ", "19 0x0 "] } else { ["63 0x0 ", "65 0x0 "] };
-        crate::sleeps(pid, pid) && !reads.iter().any(|read| call.starts_with(read)) && !call.starts_with("running")
+        let reads = if cfg!(target_arch = "x86_64") {
+            ["0 0x0 ", "19 0x0 "]
+        } else {
+            ["63 0x0 ", "65 0x0 "]
+        };
+        crate::sleeps(pid, pid)
+            && !reads.iter().any(|read| call.starts_with(read))
+            && !call.starts_with("running")
     }
 
     /// Checks that the last command has no answer yet.
@@ -195,14 +218,27 @@ impl Drop for Actor {
     }
 }
 
-/// Returns the actor as another user's command. The program may be below a directory that the other user cannot enter,
-/// so it is started through a descriptor.
+/// Returns the actor as another user's command. The program may be below a directory that the other
+/// user cannot enter, so it is started through a descriptor.
 #[cfg(target_os = "linux")]
-pub(crate) fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoIterator<Item = S>) -> Command {
+pub(crate) fn as_user<S: AsRef<std::ffi::OsStr>>(
+    uid: u32,
+    arguments: impl IntoIterator<Item = S>,
+) -> Command {
     static FILE: std::sync::OnceLock<std::fs::File> = std::sync::OnceLock::new();
-    let file = FILE.get_or_init(|| std::fs::File::open(program("actor")).expect("the actor's file"));
+    let file =
+        FILE.get_or_init(|| std::fs::File::open(program("actor")).expect("the actor's file"));
     use std::os::unix::process::CommandExt;
-    let mut command = Command::new(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
-    command.args(arguments).uid(uid).gid(uid).current_dir("/").stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut command = Command::new(format!(
+        "/proc/self/fd/{}",
+        std::os::fd::AsRawFd::as_raw_fd(file)
+    ));
+    command
+        .args(arguments)
+        .uid(uid)
+        .gid(uid)
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
     command
 }

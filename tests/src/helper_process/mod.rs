@@ -1,4 +1,5 @@
-//! A second process that acquires and releases locks on command: one command per line, one answer per line.
+//! A second process that acquires and releases locks on command: one command per line, one answer
+//! per line.
 //!
 //! | command | answer |
 //! |---|---|

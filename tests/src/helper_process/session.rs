@@ -24,7 +24,10 @@ pub fn serve(spec: &Spec) {
             .or_else(|| session.start_child(command))
             .or_else(|| session.use_names(command, argument))
             .or_else(|| session.use_resources(command, argument));
-        println!("{}", answer.unwrap_or_else(|| format!("error unknown command {line:?}")));
+        println!(
+            "{}",
+            answer.unwrap_or_else(|| format!("error unknown command {line:?}"))
+        );
     }
 }
 
@@ -94,7 +97,10 @@ impl Session {
                 Some(Err(error)) => describe(&error),
                 None => "error NotHeld".to_owned(),
             },
-            "owner" => self.lock.owner().map_or("owner none".to_owned(), |pid| format!("owner {pid}")),
+            "owner" => self
+                .lock
+                .owner()
+                .map_or("owner none".to_owned(), |pid| format!("owner {pid}")),
             "reopen" => {
                 self.lock = self.spec.open();
                 "open".to_owned()
@@ -144,20 +150,31 @@ impl Session {
             "fork-often" => fork_often(&*self.lock),
             #[cfg(target_os = "linux")]
             "fork-others" => match fork::fork() {
-                Ok(fork::Fork::Child) => std::process::exit(i32::from(self.others.are_open() != "kept")),
+                Ok(fork::Fork::Child) => {
+                    std::process::exit(i32::from(self.others.are_open() != "kept"))
+                }
                 Ok(fork::Fork::Parent(pid)) if child_succeeds(pid) => "kept".to_owned(),
                 Ok(fork::Fork::Parent(_)) => "error replaced in the child".to_owned(),
                 Err(error) => format!("error fork: {error}"),
             },
             "spawn" => {
-                let child = crate::sleeper(LIVELY).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+                let child = crate::sleeper(LIVELY)
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::null())
+                    .spawn();
                 format!("spawned {}", child.expect("sleep starts").id())
             }
             #[cfg(unix)]
             "exec" => {
                 use std::os::unix::process::CommandExt;
                 let mut sleep = Command::new("sleep");
-                format!("error exec: {}", sleep.arg(LIVELY.as_secs().to_string()).stdin(Stdio::null()).exec())
+                format!(
+                    "error exec: {}",
+                    sleep
+                        .arg(LIVELY.as_secs().to_string())
+                        .stdin(Stdio::null())
+                        .exec()
+                )
             }
             _ => return None,
         })
@@ -167,14 +184,23 @@ impl Session {
     fn use_names(&mut self, command: &str, argument: &str) -> Option<String> {
         let named = |name: &str| NamedLock::new(name).expect("a name");
         match command {
-            "hold-name" => self.names.push(named(argument).lock().expect("a free name")),
+            "hold-name" => self
+                .names
+                .push(named(argument).lock().expect("a free name")),
             "time-out-name" => {
                 let lock = named(argument);
-                assert!(lock.lock_for(Duration::from_micros(100)).is_err_and(|error| error.is_timeout()));
+                assert!(
+                    lock.lock_for(Duration::from_micros(100))
+                        .is_err_and(|error| error.is_timeout())
+                );
             }
             "use-names" => {
                 for number in 0..argument.parse().expect("a number") {
-                    drop(named(&format!("used-{number}")).try_lock().expect("a free name"));
+                    drop(
+                        named(&format!("used-{number}"))
+                            .try_lock()
+                            .expect("a free name"),
+                    );
                 }
             }
             "clean-name" => Spec::parse(&format!("named-socket:{argument}")).clean(),
@@ -186,7 +212,11 @@ impl Session {
                 let before = resident();
                 self.names.reserve(number);
                 for number in 0..number {
-                    self.names.push(named(&format!("held-{number}")).try_lock().expect("a free name"));
+                    self.names.push(
+                        named(&format!("held-{number}"))
+                            .try_lock()
+                            .expect("a free name"),
+                    );
                 }
                 return Some(format!("bytes {}", (resident() - before) / number as u64));
             }
@@ -194,7 +224,10 @@ impl Session {
             "list-behind" => {
                 let queues = crate::hostile::full_queues(argument.parse().expect("a number"));
                 let listed = NamedLock::held(lockkit::Scope::User).expect("a list");
-                let held = listed.iter().filter(|held| held.lock().name().starts_with("held-")).count();
+                let held = listed
+                    .iter()
+                    .filter(|held| held.lock().name().starts_with("held-"))
+                    .count();
                 drop(queues);
                 return Some(format!("listed {held}"));
             }
@@ -247,14 +280,20 @@ impl Session {
         self.others = crate::fault_injection::Others::in_place_of_all();
     }
 
-    /// Waits with one token before and after all descriptors are closed, and returns the kinds of the three errors.
+    /// Waits with one token before and after all descriptors are closed, and returns the kinds of
+    /// the three errors.
     #[cfg(target_os = "linux")]
     fn cancel_after_close(&mut self) -> String {
         let token = CancelToken::new();
-        let wait = |lock: &dyn AnyLock, limit: Duration| match lock.acquire(&Wait::at_most(limit).or_cancelled(&token))
+        let wait = |lock: &dyn AnyLock, limit: Duration| match lock
+            .acquire(&Wait::at_most(limit).or_cancelled(&token))
         {
             Ok(_) => "held".to_owned(),
-            Err(error) => describe(&error).split(':').next().unwrap_or_default().to_owned(),
+            Err(error) => describe(&error)
+                .split(':')
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
         };
         let before = wait(&*self.lock, Duration::from_millis(50));
         self.close_all();
@@ -294,7 +333,10 @@ fn fork_child() -> String {
 /// Waits for the end of a forked child, and returns whether it exited with 0.
 #[cfg(unix)]
 pub(crate) fn child_succeeds(pid: i32) -> bool {
-    let ended = rustix::process::waitpid(rustix::process::Pid::from_raw(pid), rustix::process::WaitOptions::empty());
+    let ended = rustix::process::waitpid(
+        rustix::process::Pid::from_raw(pid),
+        rustix::process::WaitOptions::empty(),
+    );
     ended.is_ok_and(|ended| ended.is_some_and(|(_, status)| status.exit_status() == Some(0)))
 }
 
@@ -302,11 +344,18 @@ pub(crate) fn child_succeeds(pid: i32) -> bool {
 #[cfg(target_os = "linux")]
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
-    let sizes = status.lines().filter_map(|line| line.strip_prefix("RssAnon:").or(line.strip_prefix("RssShmem:")));
-    sizes.filter_map(|size| size.split_ascii_whitespace().next()?.parse::<u64>().ok()).sum::<u64>() * 1024
+    let sizes = status.lines().filter_map(|line| {
+        line.strip_prefix("RssAnon:")
+            .or(line.strip_prefix("RssShmem:"))
+    });
+    sizes
+        .filter_map(|size| size.split_ascii_whitespace().next()?.parse::<u64>().ok())
+        .sum::<u64>()
+        * 1024
 }
 
-/// Forks at many moments of an acquisition and a release. Afterwards the lock must be free, though the children live.
+/// Forks at many moments of an acquisition and a release. Afterwards the lock must be free, though
+/// the children live.
 #[cfg(unix)]
 fn fork_often(lock: &dyn AnyLock) -> String {
     let stop = AtomicBool::new(false);
@@ -333,8 +382,13 @@ fn fork_often(lock: &dyn AnyLock) -> String {
         stop.store(true, Ordering::Relaxed);
         children
     });
-    let answer = lock.acquire(&Wait::at_most(LIVELY / 10)).map_or_else(|error| describe(&error), |_| "free".to_owned());
-    for pid in children.into_iter().filter_map(rustix::process::Pid::from_raw) {
+    let answer = lock
+        .acquire(&Wait::at_most(LIVELY / 10))
+        .map_or_else(|error| describe(&error), |_| "free".to_owned());
+    for pid in children
+        .into_iter()
+        .filter_map(rustix::process::Pid::from_raw)
+    {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
     }

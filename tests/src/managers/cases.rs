@@ -61,12 +61,21 @@ pub fn allocate_lock_unlock_free_each_succeed(kind: Kind) {
 pub fn allocate_until_full_gives_distinct_numbers(kind: Kind) {
     let table = kind.fresh();
     let manager = table.open();
-    let ids: BTreeSet<u32> = (0..CAPACITY).map(|_| manager.allocate().unwrap().id()).collect();
+    let ids: BTreeSet<u32> = (0..CAPACITY)
+        .map(|_| manager.allocate().unwrap().id())
+        .collect();
     assert_eq!(ids.len(), CAPACITY as usize);
     if kind.is_limited() {
         assert_eq!(manager.available().unwrap(), Some(0));
         let error = manager.allocate().unwrap_err();
-        let is_exhausted = matches!(error.kind(), ErrorKind::Exhausted { capacity: CAPACITY, allocated: CAPACITY, .. });
+        let is_exhausted = matches!(
+            error.kind(),
+            ErrorKind::Exhausted {
+                capacity: CAPACITY,
+                allocated: CAPACITY,
+                ..
+            }
+        );
         assert!(is_exhausted, "{error}");
     } else {
         assert_eq!(manager.available().unwrap(), None);
@@ -92,7 +101,12 @@ pub fn free_of_unallocated_lock_fails(kind: Kind) {
     let table = kind.fresh();
     let manager = table.open();
     let lock = manager.retrieve(7).unwrap();
-    let refused = || matches!(lock.free().unwrap_err().kind(), ErrorKind::NotAllocated { .. });
+    let refused = || {
+        matches!(
+            lock.free().unwrap_err().kind(),
+            ErrorKind::NotAllocated { .. }
+        )
+    };
     assert!(refused());
     manager.allocate_at(7).unwrap();
     lock.free().unwrap();
@@ -106,7 +120,12 @@ pub fn free_of_unallocated_lock_fails(kind: Kind) {
 pub fn unlock_of_unlocked_lock_fails(kind: Kind) {
     let table = kind.fresh();
     let lock = table.open().allocate().unwrap();
-    let refused = || matches!(lock.unlock().unwrap_err().kind(), ErrorKind::NotLocked { .. });
+    let refused = || {
+        matches!(
+            lock.unlock().unwrap_err().kind(),
+            ErrorKind::NotLocked { .. }
+        )
+    };
     assert!(refused());
     std::mem::forget(lock.lock().unwrap());
     lock.unlock().unwrap();
@@ -121,7 +140,10 @@ pub fn release_after_unlock_keeps_next_holder(kind: Kind) {
         lock.unlock().unwrap();
         lock.lock().unwrap()
     });
-    assert!(matches!(first.release().unwrap_err().kind(), ErrorKind::NotLocked { .. }));
+    assert!(matches!(
+        first.release().unwrap_err().kind(),
+        ErrorKind::NotLocked { .. }
+    ));
     assert!(lock.try_lock().unwrap_err().is_held());
     second.release().unwrap();
     table.clean();
@@ -131,12 +153,24 @@ pub fn allocate_at_same_number_twice_fails(kind: Kind) {
     let table = kind.fresh();
     let manager = table.open();
     assert_eq!(manager.allocate_at(42).unwrap().id(), 42);
-    let taken = |id| matches!(manager.allocate_at(id).unwrap_err().kind(), ErrorKind::AlreadyAllocated { .. });
+    let taken = |id| {
+        matches!(
+            manager.allocate_at(id).unwrap_err().kind(),
+            ErrorKind::AlreadyAllocated { .. }
+        )
+    };
     assert!(taken(42));
     assert!(taken(manager.allocate().unwrap().id()));
     if kind.is_limited() {
         let absent = |error: lockkit::Error| {
-            matches!(error.kind(), ErrorKind::NoSuchLock { id: CAPACITY, capacity: CAPACITY, .. })
+            matches!(
+                error.kind(),
+                ErrorKind::NoSuchLock {
+                    id: CAPACITY,
+                    capacity: CAPACITY,
+                    ..
+                }
+            )
         };
         assert!(absent(manager.allocate_at(CAPACITY).unwrap_err()));
         assert!(absent(manager.retrieve(CAPACITY).unwrap_err()));
@@ -159,7 +193,10 @@ pub fn free_all_makes_first_number_available(kind: Kind) {
     }
     let held = first.lock().unwrap();
     manager.free_all().unwrap();
-    assert!(first.try_lock().unwrap_err().is_held(), "locks that are held stay held");
+    assert!(
+        first.try_lock().unwrap_err().is_held(),
+        "locks that are held stay held"
+    );
     if kind.is_limited() {
         assert_eq!(manager.available().unwrap(), Some(CAPACITY));
     }
@@ -174,7 +211,15 @@ pub fn release_in_other_order_serves_waiter(kind: Kind) {
     let (a, b) = (manager.allocate().unwrap(), manager.allocate().unwrap());
     let (held_a, held_b) = (a.lock().unwrap(), b.lock().unwrap());
     std::thread::scope(|scope| {
-        let waiter = scope.spawn(|| manager.retrieve(a.id()).unwrap().lock_for(LIVELY).unwrap().release().unwrap());
+        let waiter = scope.spawn(|| {
+            manager
+                .retrieve(a.id())
+                .unwrap()
+                .lock_for(LIVELY)
+                .unwrap()
+                .release()
+                .unwrap()
+        });
         held_b.release().unwrap();
         b.lock().unwrap().release().unwrap();
         assert!(!waiter.is_finished());
@@ -193,12 +238,27 @@ pub fn lock_of_freed_number_still_excludes(kind: Kind) {
     let lock = manager.allocate().unwrap();
     let held = lock.lock().unwrap();
     lock.free().unwrap();
-    assert!(manager.retrieve(lock.id()).unwrap().try_lock().unwrap_err().is_held(), "freed while held");
+    assert!(
+        manager
+            .retrieve(lock.id())
+            .unwrap()
+            .try_lock()
+            .unwrap_err()
+            .is_held(),
+        "freed while held"
+    );
     held.release().unwrap();
     let held = lock.lock().unwrap();
     assert!(lock.try_lock().unwrap_err().is_held(), "locked while free");
-    assert_eq!(manager.allocate_at(lock.id()).unwrap().id(), lock.id(), "locking does not allocate");
-    assert!(lock.try_lock().unwrap_err().is_held(), "allocated while held");
+    assert_eq!(
+        manager.allocate_at(lock.id()).unwrap().id(),
+        lock.id(),
+        "locking does not allocate"
+    );
+    assert!(
+        lock.try_lock().unwrap_err().is_held(),
+        "allocated while held"
+    );
     held.release().unwrap();
     lock.free().unwrap();
     drop(lock.lock().unwrap());
@@ -215,7 +275,10 @@ pub fn held_lists_owner_and_time_without_waiting(kind: Kind) {
     let before = std::time::SystemTime::now() - Duration::from_secs(1);
     let guards = [3, 77].map(|id| manager.retrieve(id).unwrap().lock().unwrap());
     let held = manager.held().unwrap();
-    assert_eq!(held.iter().map(|held| held.id()).collect::<Vec<_>>(), [3, 77]);
+    assert_eq!(
+        held.iter().map(|held| held.id()).collect::<Vec<_>>(),
+        [3, 77]
+    );
     for lock in &held {
         assert_eq!(lock.owner().pid(), std::process::id());
         assert_eq!(lock.owner().liveness(), Liveness::Alive);

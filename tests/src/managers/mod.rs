@@ -1,6 +1,7 @@
 //! Tables of locks under test, and the cases that every manager must pass.
 //!
-//! A second process, started with [`Actor::start_at`], works on a table on command:
+//! A second process, started with [`Actor::start_at`](crate::Actor::start_at), works on a table on
+//! command:
 //!
 //! | command | answer |
 //! |---|---|

@@ -28,36 +28,52 @@ pub fn serve(table: &Table) {
             }
             _ => match &manager {
                 Some(manager) => execute(&line, &**manager, &mut guards),
-                None => {
-                    table.try_open(CAPACITY).and_then(|opened| execute(&line, &**manager.insert(opened), &mut guards))
-                }
+                None => table
+                    .try_open(CAPACITY)
+                    .and_then(|opened| execute(&line, &**manager.insert(opened), &mut guards)),
             },
         };
         println!("{}", answer.unwrap_or_else(|error| describe(&error)));
     }
 }
 
-fn execute(line: &str, manager: &dyn LockManager, guards: &mut HashMap<u32, ManagedGuard>) -> Result<String> {
+fn execute(
+    line: &str,
+    manager: &dyn LockManager,
+    guards: &mut HashMap<u32, ManagedGuard>,
+) -> Result<String> {
     let words: Vec<&str> = line.split(' ').collect();
     let number = |at: usize| number_at(&words, at);
     let mut take = |id: u32, wait: &Wait| {
         announce();
         let guard = manager.retrieve(id)?.acquire(wait)?;
-        let died = guard.recovered().map(|died| died.owner().map_or(0, Owner::pid));
+        let died = guard
+            .recovered()
+            .map(|died| died.owner().map_or(0, Owner::pid));
         guards.insert(id, guard);
         Ok(died.map_or("held".to_owned(), |died| format!("held recovered {died}")))
     };
     match words[0] {
-        "allocate" => manager.allocate().map(|lock| format!("allocated {}", lock.id())),
-        "allocate-at" => manager.allocate_at(number(1)).map(|lock| format!("allocated {}", lock.id())),
+        "allocate" => manager
+            .allocate()
+            .map(|lock| format!("allocated {}", lock.id())),
+        "allocate-at" => manager
+            .allocate_at(number(1))
+            .map(|lock| format!("allocated {}", lock.id())),
         "try" => take(number(1), &Wait::none()),
         "lock" => take(number(1), &Wait::forever()),
         "release" => {
             guards.remove(&number(1)).expect("a guard").release()?;
             Ok("ok".to_owned())
         }
-        "unlock" => manager.retrieve(number(1))?.unlock().map(|()| "ok".to_owned()),
-        "free" => manager.retrieve(number(1))?.free().map(|()| "ok".to_owned()),
+        "unlock" => manager
+            .retrieve(number(1))?
+            .unlock()
+            .map(|()| "ok".to_owned()),
+        "free" => manager
+            .retrieve(number(1))?
+            .free()
+            .map(|()| "ok".to_owned()),
         "hold" => {
             for id in 0..number(1) {
                 take(id, &Wait::none())?;
@@ -86,8 +102,11 @@ fn fork_children(words: &[&str], manager: &dyn LockManager) -> Result<String> {
             fork::Fork::Child => {
                 // The child has a slot of its own, because the parent's slot is the parent's.
                 std::mem::forget(manager.retrieve(number(1))?.try_lock()?);
-                rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
-                    .expect("a process can kill itself");
+                rustix::process::kill_process(
+                    rustix::process::getpid(),
+                    rustix::process::Signal::KILL,
+                )
+                .expect("a process can kill itself");
                 unreachable!("the process has killed itself");
             }
             fork::Fork::Parent(child) => {
@@ -111,14 +130,22 @@ fn fork_children(words: &[&str], manager: &dyn LockManager) -> Result<String> {
             fork::Fork::Child => {
                 // A child that hangs must not outlive the test.
                 #[cfg(target_os = "linux")]
-                let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
-                let result = manager.retrieve(number(2)).and_then(|lock| lock.try_lock()?.release());
+                let _ = rustix::process::set_parent_process_death_signal(Some(
+                    rustix::process::Signal::KILL,
+                ));
+                let result = manager
+                    .retrieve(number(2))
+                    .and_then(|lock| lock.try_lock()?.release());
                 std::process::exit(result.is_err().into());
             }
             fork::Fork::Parent(child) => child_succeeds(child),
         });
         stop.store(true, Ordering::Relaxed);
-        Ok(if all_succeed { "forked".to_owned() } else { "error in a child".to_owned() })
+        Ok(if all_succeed {
+            "forked".to_owned()
+        } else {
+            "error in a child".to_owned()
+        })
     })
 }
 
@@ -131,9 +158,17 @@ fn repeat(words: &[&str], manager: &dyn LockManager) -> Result<String> {
             for round in 0..number(2) {
                 let lock = manager.retrieve(number(1))?;
                 let guard = lock.lock()?;
-                File::options().write(true).create_new(true).open(inside).expect("no other process holds the lock");
+                File::options()
+                    .write(true)
+                    .create_new(true)
+                    .open(inside)
+                    .expect("no other process holds the lock");
                 // The lock excludes, whether or not it is freed.
-                let _ = if round % 2 == 0 { lock.free() } else { manager.allocate_at(number(1)).map(drop) };
+                let _ = if round % 2 == 0 {
+                    lock.free()
+                } else {
+                    manager.allocate_at(number(1)).map(drop)
+                };
                 std::fs::remove_file(inside).expect("the file exists");
                 guard.release()?;
             }

@@ -39,17 +39,31 @@ pub fn retrieve_in_other_process_is_same_lock(kind: Kind) {
     let id = lock.id();
     let held = lock.lock().unwrap();
     assert!(other.ask(&format!("try {id}")).starts_with("error Held"));
-    assert!(other.ask(&format!("unlock {id}")).starts_with("error NotLocked"), "another process holds it");
+    assert!(
+        other
+            .ask(&format!("unlock {id}"))
+            .starts_with("error NotLocked"),
+        "another process holds it"
+    );
     other.tell_to_wait(&format!("lock {id}"));
     held.release().unwrap();
     assert_eq!(other.answer(), "held");
     assert_eq!(manager.held().unwrap()[0].owner().pid(), other.pid());
-    assert_eq!(lock.try_lock().unwrap_err().owner().unwrap().pid(), other.pid());
+    assert_eq!(
+        lock.try_lock().unwrap_err().owner().unwrap().pid(),
+        other.pid()
+    );
     other.expect(&format!("release {id}"), "ok");
     let next = other.ask("allocate");
-    assert!(next.starts_with("allocated ") && next != format!("allocated {id}"), "{next}");
+    assert!(
+        next.starts_with("allocated ") && next != format!("allocated {id}"),
+        "{next}"
+    );
     other.expect(&format!("free {id}"), "ok");
-    assert!(matches!(lock.free().unwrap_err().kind(), ErrorKind::NotAllocated { .. }));
+    assert!(matches!(
+        lock.free().unwrap_err().kind(),
+        ErrorKind::NotAllocated { .. }
+    ));
     table.clean();
 }
 
@@ -66,7 +80,10 @@ pub fn create_with_any_umask_gives_same_modes(kind: Kind) {
     let mut other = Actor::start_at_with(&table, |command| {
         let (program, table) = (command.get_program().to_owned(), table.to_string());
         *command = Command::new("sh");
-        command.args(["-c", "umask 777 && exec \"$0\" table \"$1\""]).arg(program).arg(table);
+        command
+            .args(["-c", "umask 777 && exec \"$0\" table \"$1\""])
+            .arg(program)
+            .arg(table);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
     });
     for command in ["allocate-at 0", "try 0"] {
@@ -104,7 +121,10 @@ pub fn freed_lock_excludes_other_processes(kind: Kind) {
     assert_eq!(other.answer(), "held");
     other.kill();
     let guard = lock.lock().unwrap();
-    assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), other.pid());
+    assert_eq!(
+        guard.recovered().unwrap().owner().unwrap().pid(),
+        other.pid()
+    );
     drop(guard);
     if kind == Kind::Directory {
         assert!(table.has_no_lock_files());
@@ -126,9 +146,21 @@ pub fn kill_with_many_held_locks_recovers_all(kind: Kind) {
     assert_eq!(manager.held().unwrap(), [], "a dead process holds no lock");
     for id in 0..count {
         let guard = manager.retrieve(id).unwrap().try_lock().unwrap();
-        assert_eq!(guard.recovered().expect("recovered").owner().unwrap().pid(), holder.pid(), "{id}");
+        assert_eq!(
+            guard.recovered().expect("recovered").owner().unwrap().pid(),
+            holder.pid(),
+            "{id}"
+        );
         guard.release().unwrap();
-        assert_eq!(manager.retrieve(id).unwrap().try_lock().unwrap().recovered(), None);
+        assert_eq!(
+            manager
+                .retrieve(id)
+                .unwrap()
+                .try_lock()
+                .unwrap()
+                .recovered(),
+            None
+        );
     }
     table.clean();
 }
@@ -157,8 +189,8 @@ pub fn fork_at_any_moment_child_can_acquire(kind: Kind) {
     let table = kind.fresh();
     let manager = table.open();
     for held in [true, false] {
-        // A process that finds a lock held checks whether its owner lives. A process that finds it free acquires
-        // it.
+        // A process that finds a lock held checks whether its owner lives. A process that finds it
+        // free acquires it.
         let _guard = held.then(|| manager.retrieve(1).unwrap().lock().unwrap());
         Actor::start_at(&table).expect("fork-often 1 2", "forked");
     }
@@ -166,7 +198,9 @@ pub fn fork_at_any_moment_child_can_acquire(kind: Kind) {
 }
 
 pub fn crash_at_any_step_of_allocate_keeps_table_valid(kind: Kind) {
-    if kind == Kind::Directory && wine_cannot_judge("it starts hundreds of processes, each of which takes too long") {
+    if kind == Kind::Directory
+        && wine_cannot_judge("it starts hundreds of processes, each of which takes too long")
+    {
         return;
     }
     if !crate::failpoint::are_enabled() {
@@ -197,9 +231,17 @@ pub fn crash_at_any_step_of_allocate_keeps_table_valid(kind: Kind) {
                 }
             }
             if kind.is_limited() {
-                // All free locks have been allocated: 2, less those of the victim, more those that it freed.
-                assert!((1..=3).contains(&seen.len()), "{command} killed at {step}: {seen:?}");
-                assert_eq!(table.open().available().unwrap(), Some(0), "{command} killed at {step}");
+                // All free locks have been allocated: 2, less those of the victim, more those that
+                // it freed.
+                assert!(
+                    (1..=3).contains(&seen.len()),
+                    "{command} killed at {step}: {seen:?}"
+                );
+                assert_eq!(
+                    table.open().available().unwrap(),
+                    Some(0),
+                    "{command} killed at {step}"
+                );
             }
             table.clean();
             if answer != "gone" {
@@ -220,7 +262,8 @@ pub fn available_after_crash_matches_free_locks(kind: Kind) {
     for command in ["allocate", "free 0"] {
         for step in 1.. {
             let table = kind.fresh();
-            // A process that uses the table all the time, so that the table is never initialised again.
+            // A process that uses the table all the time, so that the table is never initialised
+            // again.
             let mut attached = Actor::start_at(&table);
             attached.expect("allocate-at 65", "allocated 65");
             let mut victim = Actor::start_at(&table);
@@ -230,8 +273,14 @@ pub fn available_after_crash_matches_free_locks(kind: Kind) {
             victim.kill();
             let manager = table.open();
             let available = manager.available().unwrap();
-            let free = (0..CAPACITY).filter(|id| manager.allocate_at(*id).is_ok()).count();
-            assert_eq!(available, u32::try_from(free).ok(), "{command} killed at {step}");
+            let free = (0..CAPACITY)
+                .filter(|id| manager.allocate_at(*id).is_ok())
+                .count();
+            assert_eq!(
+                available,
+                u32::try_from(free).ok(),
+                "{command} killed at {step}"
+            );
             table.clean();
             if answer != "gone" {
                 assert!(step > 2, "{kind:?}: only {step} steps to {command}");

@@ -50,14 +50,22 @@ pub struct Table {
 impl Table {
     /// Returns the table of `kind` at a path, or with a name.
     pub fn at(kind: Kind, at: &str) -> Self {
-        Self { kind, at: at.to_owned() }
+        Self {
+            kind,
+            at: at.to_owned(),
+        }
     }
 
     /// Parses the output of `Display`.
     pub fn parse(text: &str) -> Self {
         let (kind, at) = text.split_once(':').expect("KIND:WHERE");
-        let kind = [Kind::Shm, Kind::Directory, Kind::Memory].into_iter().find(|known| format!("{known:?}") == kind);
-        Self { kind: kind.expect("a known kind"), at: at.to_owned() }
+        let kind = [Kind::Shm, Kind::Directory, Kind::Memory]
+            .into_iter()
+            .find(|known| format!("{known:?}") == kind);
+        Self {
+            kind: kind.expect("a known kind"),
+            at: at.to_owned(),
+        }
     }
 
     /// Returns its path.
@@ -85,9 +93,9 @@ impl Table {
         static IN_MEMORY: Mutex<Option<HashMap<String, InMemoryLockManager>>> = Mutex::new(None);
         Ok(match self.kind {
             Kind::Shm => Box::new(ShmLockManager::open_or_create(&self.at, capacity)?),
-            Kind::Directory => {
-                Box::new(FileLockManager::create(&self.at).or_else(|_| FileLockManager::open(&self.at))?)
-            }
+            Kind::Directory => Box::new(
+                FileLockManager::create(&self.at).or_else(|_| FileLockManager::open(&self.at))?,
+            ),
             Kind::Memory => {
                 let mut tables = IN_MEMORY.lock().expect("no panic inside");
                 let tables = tables.get_or_insert_default();
@@ -106,16 +114,21 @@ impl Table {
         };
     }
 
-    /// Returns whether the locks have no files, for a directory. Under Wine a file that is deleted while it is open
-    /// keeps its name, so the check is impossible there.
+    /// Returns whether the locks have no files, for a directory. Under Wine a file that is deleted
+    /// while it is open keeps its name, so the check is impossible there.
     pub fn has_no_lock_files(&self) -> bool {
         is_wine() || self.lock_files().is_empty()
     }
 
     /// Returns the files of the locks, for a directory.
     pub fn lock_files(&self) -> BTreeSet<String> {
-        let names = std::fs::read_dir(&self.at).expect("a directory").map(|entry| entry.expect("an entry").file_name());
-        names.map(|name| name.into_string().expect("text")).filter(|name| name.ends_with(".lock")).collect()
+        let names = std::fs::read_dir(&self.at)
+            .expect("a directory")
+            .map(|entry| entry.expect("an entry").file_name());
+        names
+            .map(|name| name.into_string().expect("text"))
+            .filter(|name| name.ends_with(".lock"))
+            .collect()
     }
 }
 

@@ -8,7 +8,8 @@ use std::process::Command;
 pub struct Certificates(tempfile::TempDir);
 
 impl Certificates {
-    /// Creates an authority, and its certificates for a server at 127.0.0.1 and localhost and for a client.
+    /// Creates an authority, and its certificates for a server at 127.0.0.1 and localhost and for a
+    /// client.
     ///
     /// # Errors
     /// If openssl(1) is not installed.
@@ -16,7 +17,11 @@ impl Certificates {
         let openssl = crate::servers::installed(&["openssl"])?;
         let directory = tempfile::tempdir().expect("a directory");
         // Servers that run as other users read them, too.
-        std::fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a directory");
+        std::fs::set_permissions(
+            &directory,
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )
+        .expect("a directory");
         let script = "
             exec 2>openssl.log
             authority() {
@@ -30,8 +35,16 @@ impl Certificates {
                 $0 x509 -req -in $1.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile $1.ext -out $1.pem
             }
             authority ca; authority stranger; signed server serverAuth,clientAuth; signed client clientAuth; chmod 644 *";
-        let made = Command::new("sh").args(["-ec", script]).arg(openssl).current_dir(&directory).status();
-        assert!(made.is_ok_and(|status| status.success()), "openssl failed in {}", directory.keep().display());
+        let made = Command::new("sh")
+            .args(["-ec", script])
+            .arg(openssl)
+            .current_dir(&directory)
+            .status();
+        assert!(
+            made.is_ok_and(|status| status.success()),
+            "openssl failed in {}",
+            directory.keep().display()
+        );
         Ok(Self(directory))
     }
 

@@ -10,15 +10,15 @@ use super::clock::Clock;
 
 /// A server of an engine, for one drill. Its data outlasts a kill and a restart.
 pub trait Engine: Sized {
-    /// A TTL that expires soon, but not so soon that a busy machine loses the lease, in milliseconds. It is at least
-    /// the minimum of the store.
+    /// A TTL that expires soon, but not so soon that a busy machine loses the lease, in
+    /// milliseconds. It is at least the minimum of the store.
     const TTL: u64 = 1000;
 
     /// Answers one connection as a version of the engine that is too old, up to where it shows.
     const OLD: Option<fn(TcpStream)> = None;
 
-    /// Starts a server on 127.0.0.1 that requires `security` of its clients, with the clock of its machine, or the
-    /// given clock.
+    /// Starts a server on 127.0.0.1 that requires `security` of its clients, with the clock of its
+    /// machine, or the given clock.
     ///
     /// # Errors
     /// The missing resource of this machine.
@@ -27,8 +27,8 @@ pub trait Engine: Sized {
     /// Returns the port on which it listens, before and after a restart.
     fn port(&self) -> u16;
 
-    /// Returns the URL of a lease with this name on such a server at 127.0.0.1:`port`, for a client with `access`.
-    /// Returns `None` where the engine has no such access.
+    /// Returns the URL of a lease with this name on such a server at 127.0.0.1:`port`, for a client
+    /// with `access`. Returns `None` where the engine has no such access.
     fn url(&self, port: u16, access: Access, name: &str) -> Option<String>;
 
     /// Sends a signal to all its processes.
@@ -40,8 +40,8 @@ pub trait Engine: Sized {
     /// Starts it again with its data.
     fn restart(&mut self);
 
-    /// Starts a server that copies from this one through `port`, and waits until it has all data of this one. This
-    /// server does not wait for it.
+    /// Starts a server that copies from this one through `port`, and waits until it has all data of
+    /// this one. This server does not wait for it.
     ///
     /// # Errors
     /// The engine has no followers, or this machine lacks a resource.

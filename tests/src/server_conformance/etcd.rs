@@ -20,7 +20,9 @@ pub static SHARED: Shared<Etcd> = Shared::new(|| Etcd::start_nodes(1, &Security:
 /// # Errors
 /// The reason why there is no server.
 pub fn shared_url(name: &str) -> Result<String, &'static str> {
-    SHARED.get().map(|server| server.url_of(&server.endpoints(), "", name, ""))
+    SHARED
+        .get()
+        .map(|server| server.url_of(&server.endpoints(), "", name, ""))
 }
 
 /// A cluster of some nodes.
@@ -38,36 +40,80 @@ struct Node {
 }
 
 impl Etcd {
-    /// Starts a cluster of so many nodes, with these options of etcd in addition to the necessary ones. It has users
-    /// only where a password is required: [`USER`] may use the keys of leases, `guest` with the password `guest` none,
-    /// and `root` is `root`.
+    /// Starts a cluster of so many nodes, with these options of etcd in addition to the necessary
+    /// ones. It has users only where a password is required: [`USER`] may use the keys of leases,
+    /// `guest` with the password `guest` none, and `root` is `root`.
     ///
     /// # Errors
     /// The missing resource of this machine.
-    pub fn start_nodes(count: usize, security: &Security, options: &[&str]) -> Result<Self, String> {
+    pub fn start_nodes(
+        count: usize,
+        security: &Security,
+        options: &[&str],
+    ) -> Result<Self, String> {
         let program = installed(&["etcd"])?;
         let speaks_tls = matches!(security, Security::Tls(_) | Security::ClientCertificate(_));
         let scheme = if speaks_tls { "https" } else { "http" };
         let ports: Vec<[u16; 2]> = (0..count).map(|_| [free_port(), free_port()]).collect();
         let member = |(at, [_, peer]): (usize, &[u16; 2])| format!("n{at}=http://127.0.0.1:{peer}");
-        let cluster = ports.iter().enumerate().map(member).collect::<Vec<_>>().join(",");
-        let mut etcd = Self { nodes: Vec::new(), speaks_tls };
+        let cluster = ports
+            .iter()
+            .enumerate()
+            .map(member)
+            .collect::<Vec<_>>()
+            .join(",");
+        let mut etcd = Self {
+            nodes: Vec::new(),
+            speaks_tls,
+        };
         for (at, [client, peer]) in ports.iter().enumerate() {
             let directory = ServerDir::in_memory("etcd");
             let mut command = Command::new(&program);
-            command.arg("--data-dir").arg(directory.path().join("data")).args(["--name", &format!("n{at}")]);
-            let [client_url, peer_url] = [format!("{scheme}://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}")];
-            command.args(["--listen-client-urls", &client_url, "--advertise-client-urls", &client_url]);
-            command.args(["--listen-peer-urls", &peer_url, "--initial-advertise-peer-urls", &peer_url]);
-            command.args(["--initial-cluster", &cluster, "--log-level", "error"]).args(options);
-            if let Security::Tls(certificates) | Security::ClientCertificate(certificates) = security {
+            command
+                .arg("--data-dir")
+                .arg(directory.path().join("data"))
+                .args(["--name", &format!("n{at}")]);
+            let [client_url, peer_url] = [
+                format!("{scheme}://127.0.0.1:{client}"),
+                format!("http://127.0.0.1:{peer}"),
+            ];
+            command.args([
+                "--listen-client-urls",
+                &client_url,
+                "--advertise-client-urls",
+                &client_url,
+            ]);
+            command.args([
+                "--listen-peer-urls",
+                &peer_url,
+                "--initial-advertise-peer-urls",
+                &peer_url,
+            ]);
+            command
+                .args(["--initial-cluster", &cluster, "--log-level", "error"])
+                .args(options);
+            if let Security::Tls(certificates) | Security::ClientCertificate(certificates) =
+                security
+            {
                 let [certificate, key] = certificates.server();
-                command.arg("--cert-file").arg(certificate).arg("--key-file").arg(key);
+                command
+                    .arg("--cert-file")
+                    .arg(certificate)
+                    .arg("--key-file")
+                    .arg(key);
             }
             if let Security::ClientCertificate(certificates) = security {
-                command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(certificates.ca());
+                command
+                    .arg("--client-cert-auth")
+                    .arg("--trusted-ca-file")
+                    .arg(certificates.ca());
             }
-            etcd.nodes.push(Node { directory, port: *client, command, server: None });
+            etcd.nodes.push(Node {
+                directory,
+                port: *client,
+                command,
+                server: None,
+            });
         }
         for node in &mut etcd.nodes {
             node.launch()?;
@@ -94,14 +140,21 @@ impl Etcd {
     pub fn wait_until_it_serves(&self) {
         // With TLS there is no check here. The test's own requests are repeated.
         let serves = |node: &Node| match self.speaks_tls {
-            false => node.get("/health").is_some_and(|answer| answer.contains(r#""health":"true""#)),
+            false => node
+                .get("/health")
+                .is_some_and(|answer| answer.contains(r#""health":"true""#)),
             true => true,
         };
-        until("every node serves", || self.nodes.iter().filter(|node| node.server.is_some()).all(serves));
+        until("every node serves", || {
+            self.nodes
+                .iter()
+                .filter(|node| node.server.is_some())
+                .all(serves)
+        });
     }
 
-    /// Returns the URL of a lease on these endpoints as this user, as `user:password@`, and with these parameters, as
-    /// `?name=value`.
+    /// Returns the URL of a lease on these endpoints as this user, as `user:password@`, and with
+    /// these parameters, as `?name=value`.
     pub fn url_of(&self, endpoints: &str, user: &str, name: &str, parameters: &str) -> String {
         let scheme = if self.speaks_tls { "etcds" } else { "etcd" };
         format!("{scheme}://{user}{endpoints}/{name}{parameters}")
@@ -120,17 +173,29 @@ impl Etcd {
     /// Returns these nodes, in this order, as `host:port` with commas between.
     pub fn endpoints_of(&self, nodes: impl IntoIterator<Item = usize>) -> String {
         let endpoint = |at: usize| format!("127.0.0.1:{}", self.nodes[at].port);
-        nodes.into_iter().map(endpoint).collect::<Vec<_>>().join(",")
+        nodes
+            .into_iter()
+            .map(endpoint)
+            .collect::<Vec<_>>()
+            .join(",")
     }
 
     /// Sends a signal to a node.
     pub fn signal_node(&self, at: usize, signal: Signal) {
-        self.nodes[at].server.as_ref().expect("it runs").signal(signal);
+        self.nodes[at]
+            .server
+            .as_ref()
+            .expect("it runs")
+            .signal(signal);
     }
 
     /// Kills a node. Its data stays.
     pub fn kill_node(&mut self, at: usize) {
-        self.nodes[at].server.take().into_iter().for_each(Server::kill);
+        self.nodes[at]
+            .server
+            .take()
+            .into_iter()
+            .for_each(Server::kill);
     }
 
     /// Returns the node that leads, as soon as there is a leader.
@@ -149,12 +214,17 @@ impl Etcd {
 
     /// Returns the number of leases in etcd, each the session of a process.
     pub fn sessions(&self) -> usize {
-        self.post("/v3/lease/leases", "{}").matches(r#""ID""#).count()
+        self.post("/v3/lease/leases", "{}")
+            .matches(r#""ID""#)
+            .count()
     }
 
     /// Returns the first node's answer to a request of its gateway.
     pub fn post(&self, path: &str, body: &str) -> String {
-        let request = format!("POST {path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        let request = format!(
+            "POST {path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
         self.nodes[0].http(&request).expect("it answers")
     }
 
@@ -164,9 +234,15 @@ impl Etcd {
     /// If etcdctl is not installed.
     pub fn ctl(&self, arguments: &[&str]) -> Result<String, String> {
         let mut ctl = Command::new(installed(&["etcdctl"])?);
-        ctl.env("ETCDCTL_API", "3").args(["--endpoints", &self.endpoints()]).args(arguments);
+        ctl.env("ETCDCTL_API", "3")
+            .args(["--endpoints", &self.endpoints()])
+            .args(arguments);
         let said = ctl.stdin(Stdio::null()).output().expect("etcdctl runs");
-        assert!(said.status.success(), "etcdctl {arguments:?}: {}", String::from_utf8_lossy(&said.stderr));
+        assert!(
+            said.status.success(),
+            "etcdctl {arguments:?}: {}",
+            String::from_utf8_lossy(&said.stderr)
+        );
         Ok(String::from_utf8_lossy(&said.stdout).into_owned())
     }
 
@@ -177,7 +253,14 @@ impl Etcd {
             &["role", "add", "root"],
             &["user", "grant-role", "root", "root"],
             &["role", "add", "leases"],
-            &["role", "grant-permission", "--prefix=true", "leases", "readwrite", "lockkit/"],
+            &[
+                "role",
+                "grant-permission",
+                "--prefix=true",
+                "leases",
+                "readwrite",
+                "lockkit/",
+            ],
             &["user", "add", &user],
             &["user", "grant-role", USER, "leases"],
             &["user", "add", "guest:guest"],
@@ -219,7 +302,9 @@ impl Engine for Etcd {
     /// No clock of etcd can be set.
     fn start(security: &Security, _: Option<&Clock>) -> Result<Self, String> {
         let etcd = Self::start_nodes(1, security, &[])?;
-        let url = etcd.url(etcd.port(), Access::Right(security), "ready").expect("the right way is always there");
+        let url = etcd
+            .url(etcd.port(), Access::Right(security), "ready")
+            .expect("the right way is always there");
         let lease = Lease::connect(url).build().expect("a URL");
         until("it serves", || lease.status().is_ok());
         Ok(etcd)
@@ -237,11 +322,17 @@ impl Engine for Etcd {
             Access::Right(Security::Password) => Some(plain(&format!("{USER}:{PASSWORD}@"))),
             Access::WrongPassword => Some(plain(&format!("{USER}:open-barley@"))),
             Access::WrongDatabase => None,
-            Access::Right(Security::Tls(certificates)) => Some(secure(&format!("ca={}", certificates.ca().display()))),
+            Access::Right(Security::Tls(certificates)) => {
+                Some(secure(&format!("ca={}", certificates.ca().display())))
+            }
             Access::Right(Security::ClientCertificate(certificates)) => {
-                let [certificate, key] = certificates.client().map(|path| path.display().to_string());
+                let [certificate, key] =
+                    certificates.client().map(|path| path.display().to_string());
                 let ca = certificates.ca();
-                Some(secure(&format!("ca={}&cert={certificate}&key={key}", ca.display())))
+                Some(secure(&format!(
+                    "ca={}&cert={certificate}&key={key}",
+                    ca.display()
+                )))
             }
             Access::Tls(ca) => Some(secure(&format!("ca={}", ca.display()))),
         }
@@ -274,7 +365,10 @@ fn answer_as_an_old_version(mut client: TcpStream) {
             true => ("200 OK", r#"{"etcdserver":"3.3.25","etcdcluster":"3.3.0"}"#),
             false => ("404 Not Found", "404 page not found\n"),
         };
-        let answer = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        let answer = format!(
+            "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
         let _ = client.write_all(answer.as_bytes());
         return;
     }

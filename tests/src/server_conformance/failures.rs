@@ -14,18 +14,27 @@ use crate::{Actor, LIVELY, until};
 
 pub fn server_frozen_within_ttl_keeps_lease<E: Engine>() -> Drill {
     let server = TestServer::<E>::open()?;
-    let terms = Terms { ttl: 2 * LIVELY.as_millis() as u64, ..server.terms() };
+    let terms = Terms {
+        ttl: 2 * LIVELY.as_millis() as u64,
+        ..server.terms()
+    };
     let mut holder = Actor::start_lease(&terms);
     parse_held(&holder.ask("try"));
     let before = remaining(&mut holder);
     server.engine.signal(Signal::STOP);
     // A request times out meanwhile.
-    until("some renewals are late", || remaining(&mut holder) + Duration::from_secs(3) < before);
+    until("some renewals are late", || {
+        remaining(&mut holder) + Duration::from_secs(3) < before
+    });
     server.engine.signal(Signal::CONT);
     until_renewed(|| remaining(&mut holder));
     holder.expect("is-held", "yes");
     holder.expect("losses", "losses");
-    assert!(Actor::start_lease(&terms).ask("try").starts_with("error Held"));
+    assert!(
+        Actor::start_lease(&terms)
+            .ask("try")
+            .starts_with("error Held")
+    );
     Ok(())
 }
 
@@ -37,9 +46,15 @@ pub fn server_frozen_beyond_ttl_reports_one_loss_in_time<E: Engine>() -> Drill {
     server.engine.signal(Signal::STOP);
     let frozen = Instant::now();
     until("it is lost", || holder.ask("is-held") != "yes");
-    assert!(frozen.elapsed() < LIVELY / 2, "the deadline is the lease's, not the server's");
+    assert!(
+        frozen.elapsed() < LIVELY / 2,
+        "the deadline is the lease's, not the server's"
+    );
     until("the loss is reported", || holder.ask("losses") != "losses");
-    assert!(next.ask("try").starts_with("error Store"), "a request to a frozen server times out");
+    assert!(
+        next.ask("try").starts_with("error Store"),
+        "a request to a frozen server times out"
+    );
     server.engine.signal(Signal::CONT);
     let (token, _) = parse_held(&next.ask("lock"));
     assert!(token > first);
@@ -49,7 +64,10 @@ pub fn server_frozen_beyond_ttl_reports_one_loss_in_time<E: Engine>() -> Drill {
 
 pub fn server_restart_keeps_leases_and_growing_tokens<E: Engine>() -> Drill {
     let mut server = TestServer::<E>::open()?;
-    let terms = Terms { ttl: LIVELY.as_millis() as u64, ..server.terms() };
+    let terms = Terms {
+        ttl: LIVELY.as_millis() as u64,
+        ..server.terms()
+    };
     let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
     let (first, _) = parse_held(&holder.ask("try"));
     server.engine.kill();
@@ -74,7 +92,11 @@ pub fn failover_without_grant_gives_second_greater_token<E: Engine>() -> Drill {
     let server = TestServer::<E>::open()?;
     // The holder connects through an address that moves to the granting server.
     let front = Proxy::to(server.engine.port());
-    let terms = Terms { ttl: 2 * LIVELY.as_millis() as u64, heartbeat: 200, ..server.terms_through(front.port()) };
+    let terms = Terms {
+        ttl: 2 * LIVELY.as_millis() as u64,
+        heartbeat: 200,
+        ..server.terms_through(front.port())
+    };
     let mut holder = Actor::start_lease(&terms);
     // Both sides then know a token.
     parse_held(&holder.ask("try"));
@@ -85,11 +107,21 @@ pub fn failover_without_grant_gives_second_greater_token<E: Engine>() -> Drill {
     let (first, _) = parse_held(&holder.ask("try"));
     follower.promote();
 
-    let follower = TestServer { security: Security::None, engine: follower };
-    let mut next = Actor::start_lease(&Terms { ttl: terms.ttl, heartbeat: 200, ..follower.terms() });
+    let follower = TestServer {
+        security: Security::None,
+        engine: follower,
+    };
+    let mut next = Actor::start_lease(&Terms {
+        ttl: terms.ttl,
+        heartbeat: 200,
+        ..follower.terms()
+    });
     let answer = next.ask("lock-for 30000");
     let (second, recovered) = parse_held(&answer);
-    assert!(second > first, "a resource that checks tokens is safe: {second} after {first}");
+    assert!(
+        second > first,
+        "a resource that checks tokens is safe: {second} after {first}"
+    );
     assert_eq!(recovered, "", "there is nothing there of the first");
     until_renewed(|| remaining(&mut holder));
     until_renewed(|| remaining(&mut next));
@@ -109,7 +141,10 @@ pub fn failover_without_grant_gives_second_greater_token<E: Engine>() -> Drill {
 
 pub fn stepped_server_clock_keeps_tokens_growing<E: Engine>() -> Drill {
     let (server, clock) = TestServer::<E>::with_clock()?;
-    let terms = Terms { ttl: LIVELY.as_millis() as u64, ..server.terms() };
+    let terms = Terms {
+        ttl: LIVELY.as_millis() as u64,
+        ..server.terms()
+    };
     let (mut one, mut other) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
     let mut last = 0;
     for step in [0, 3600, -3600, 0] {
@@ -118,8 +153,8 @@ pub fn stepped_server_clock_keeps_tokens_growing<E: Engine>() -> Drill {
         last = token;
         clock.set(step);
         until_renewed(|| remaining(&mut one));
-        // When the clock was ahead, the lease was expired for a moment. The heartbeat has renewed it, because no
-        // other process acquired it.
+        // When the clock was ahead, the lease was expired for a moment. The heartbeat has renewed
+        // it, because no other process acquired it.
         one.expect("is-held", "yes");
         assert!(other.ask("try").starts_with("error Held"));
         one.expect("release", "released");
@@ -135,14 +170,21 @@ pub fn stepped_server_clock_keeps_tokens_growing<E: Engine>() -> Drill {
 pub fn clock_stepped_ahead_grants_with_greater_token<E: Engine>() -> Drill {
     let (server, clock) = TestServer::<E>::with_clock()?;
     // No lease is renewed before the drill is over.
-    let terms = Terms { ttl: 300_000, heartbeat: 60_000, ..server.terms() };
+    let terms = Terms {
+        ttl: 300_000,
+        heartbeat: 60_000,
+        ..server.terms()
+    };
     let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
     let (first, _) = parse_held(&holder.ask("try"));
     assert!(next.ask("try").starts_with("error Held"));
     clock.set(3600);
     let answer = next.ask("lock-for 30000");
     let (second, recovered) = parse_held(&answer);
-    assert!(second > first && recovered == format!("recovered {}", holder.pid()), "{answer}");
+    assert!(
+        second > first && recovered == format!("recovered {}", holder.pid()),
+        "{answer}"
+    );
     assert!(holder.ask("release").starts_with("error LeaseLost"));
     next.expect("release", "released");
     // After the clock is set back, the tokens continue to grow.

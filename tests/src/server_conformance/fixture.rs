@@ -24,7 +24,10 @@ impl<E: Engine> TestServer<E> {
     }
 
     pub(super) fn with(security: Security) -> Result<Self, String> {
-        Ok(Self { engine: E::start(&security, None)?, security })
+        Ok(Self {
+            engine: E::start(&security, None)?,
+            security,
+        })
     }
 
     /// Starts a server that uses a wall clock that the drill steps.
@@ -34,7 +37,13 @@ impl<E: Engine> TestServer<E> {
         }
         let clock = Clock::new()?;
         let security = Security::None;
-        Ok((Self { engine: E::start(&security, Some(&clock))?, security }, clock))
+        Ok((
+            Self {
+                engine: E::start(&security, Some(&clock))?,
+                security,
+            },
+            clock,
+        ))
     }
 
     /// Returns the terms of a lease that only this drill uses, with the engine's short TTL.
@@ -44,29 +53,47 @@ impl<E: Engine> TestServer<E> {
 
     pub(super) fn terms_through(&self, port: u16) -> Terms {
         let access = Access::Right(&self.security);
-        let url = self.engine.url(port, access, "drill").expect("the right way is always there");
-        Terms { ttl: E::TTL, heartbeat: E::TTL / 10, ..Terms::of(url) }
+        let url = self
+            .engine
+            .url(port, access, "drill")
+            .expect("the right way is always there");
+        Terms {
+            ttl: E::TTL,
+            heartbeat: E::TTL / 10,
+            ..Terms::of(url)
+        }
     }
 
     /// Returns the error of a client with `access`, with all its causes.
     pub(super) fn refusal(&self, port: u16, access: Access) -> Result<String, String> {
-        let url = self.engine.url(port, access, "drill").ok_or("this engine has nothing of that sort")?;
-        let terms = Terms { ttl: E::TTL, ..Terms::of(url) };
+        let url = self
+            .engine
+            .url(port, access, "drill")
+            .ok_or("this engine has nothing of that sort")?;
+        let terms = Terms {
+            ttl: E::TTL,
+            ..Terms::of(url)
+        };
         let error = terms.open().lock_for(LIVELY).expect_err("it is refused");
         let text = with_causes(&error);
         println!("{access:?}: {text}");
         Ok(text)
     }
 
-    /// As [`cut_everywhere_then`](Self::cut_everywhere_then), all of it over a connection that is cut.
+    /// As [`cut_everywhere_then`](Self::cut_everywhere_then), all of it over a connection that is
+    /// cut.
     pub(super) fn cut_everywhere(&self, mut action: impl FnMut(&Proxy)) {
         self.cut_everywhere_then(|_| (), |proxy, ()| action(proxy));
     }
 
-    /// Plays a scene repeatedly behind a proxy that cuts the connection: after the first byte of each direction, after
-    /// others that are spread evenly over the length of a scene, and after its last byte. The preparation of a scene is
-    /// not cut.
-    pub(super) fn cut_everywhere_then<T>(&self, prepare: impl Fn(&Proxy) -> T, mut scene: impl FnMut(&Proxy, T)) {
+    /// Plays a scene repeatedly behind a proxy that cuts the connection: after the first byte of
+    /// each direction, after others that are spread evenly over the length of a scene, and after
+    /// its last byte. The preparation of a scene is not cut.
+    pub(super) fn cut_everywhere_then<T>(
+        &self,
+        prepare: impl Fn(&Proxy) -> T,
+        mut scene: impl FnMut(&Proxy, T),
+    ) {
         /// The number of cuts in each direction.
         const CUTS: u64 = 40;
         let proxy = Proxy::to(self.engine.port());
@@ -74,11 +101,19 @@ impl<E: Engine> TestServer<E> {
         let passed = || [Direction::Request, Direction::Answer].map(|way| proxy.passed(way));
         let before = passed();
         scene(&proxy, prepared);
-        let lengths = passed().into_iter().zip(before).map(|(after, before)| after - before);
-        for (direction, length) in [Direction::Request, Direction::Answer].into_iter().zip(lengths.collect::<Vec<_>>())
+        let lengths = passed()
+            .into_iter()
+            .zip(before)
+            .map(|(after, before)| after - before);
+        for (direction, length) in [Direction::Request, Direction::Answer]
+            .into_iter()
+            .zip(lengths.collect::<Vec<_>>())
         {
             assert!(length > 0, "nothing went {direction:?}");
-            let mut cuts: Vec<u64> = (0..=CUTS).map(|cut| length * cut / CUTS).chain([1, length - 1]).collect();
+            let mut cuts: Vec<u64> = (0..=CUTS)
+                .map(|cut| length * cut / CUTS)
+                .chain([1, length - 1])
+                .collect();
             cuts.sort_unstable();
             cuts.dedup();
             let cut_before = proxy.cuts();
@@ -94,7 +129,10 @@ impl<E: Engine> TestServer<E> {
 
 /// Builds a lease that retries soon.
 pub(super) fn lease_with_fast_retries(terms: &Terms) -> Lease {
-    let builder = terms.builder().acquire_retry_limit(100).acquire_retry_delay(Duration::from_millis(1));
+    let builder = terms
+        .builder()
+        .acquire_retry_limit(100)
+        .acquire_retry_delay(Duration::from_millis(1));
     builder.build().expect("options that go together")
 }
 
@@ -115,7 +153,9 @@ pub(super) fn assert_reports_death(answer: &str, pid: u32, before: u64) {
 
 pub(super) fn remaining(holder: &mut Actor) -> Duration {
     let answer = holder.ask("remaining");
-    let micros = answer.strip_prefix("remaining ").and_then(|micros| micros.parse().ok());
+    let micros = answer
+        .strip_prefix("remaining ")
+        .and_then(|micros| micros.parse().ok());
     Duration::from_micros(micros.unwrap_or_else(|| panic!("{answer}")))
 }
 
@@ -137,8 +177,8 @@ pub(super) fn until_renewed(mut remaining: impl FnMut() -> Duration) {
     let before = remaining();
     let start = Instant::now();
     until("the lease is renewed", || {
-        // The elapsed time is read first. So the sum is at most the earlier remaining time, unless a renewal adds to
-        // it.
+        // The elapsed time is read first. So the sum is at most the earlier remaining time, unless
+        // a renewal adds to it.
         let elapsed = start.elapsed();
         remaining() + elapsed > before + Duration::from_millis(1)
     });
@@ -151,7 +191,11 @@ pub(super) fn start_in_pid_namespace(terms: &Terms) -> Option<Actor> {
         command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
         command
     };
-    let is_allowed = unshare().arg("true").stderr(Stdio::null()).status().is_ok_and(|status| status.success());
+    let is_allowed = unshare()
+        .arg("true")
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
     is_allowed.then(|| {
         Actor::start_lease_with(terms, |actor| {
             let mut command = unshare();
@@ -164,14 +208,20 @@ pub(super) fn start_in_pid_namespace(terms: &Terms) -> Option<Actor> {
 
 /// Returns terms with a TTL that does not pass during any wait of these drills.
 pub(super) fn with_long_ttl(terms: Terms) -> Terms {
-    Terms { ttl: 10 * LIVELY.as_millis() as u64, heartbeat: 1000, ..terms }
+    Terms {
+        ttl: 10 * LIVELY.as_millis() as u64,
+        heartbeat: 1000,
+        ..terms
+    }
 }
 
 pub(super) type Drill = Result<(), String>;
 
 /// Parses an answer `parse_held TOKEN …` into the token and the rest.
 pub(super) fn parse_held(answer: &str) -> (u64, &str) {
-    let rest = answer.strip_prefix("held ").unwrap_or_else(|| panic!("{answer}"));
+    let rest = answer
+        .strip_prefix("held ")
+        .unwrap_or_else(|| panic!("{answer}"));
     let (token, rest) = rest.split_once(' ').unwrap_or((rest, ""));
     (token.parse().expect("a token"), rest)
 }

@@ -20,7 +20,13 @@ use crate::until;
 pub static SHARED: Shared<Postgres> = Shared::new(|| {
     let server = Postgres::open()?;
     // The table is created here, so that the first tests find the same state as all others.
-    drop(Lease::connect(server.lease("first")).build().expect("a URL").try_lock().expect("the lease is free"));
+    drop(
+        Lease::connect(server.lease("first"))
+            .build()
+            .expect("a URL")
+            .try_lock()
+            .expect("the lease is free"),
+    );
     Ok(server)
 });
 
@@ -68,13 +74,29 @@ impl Postgres {
     /// The missing resource of this machine.
     pub fn set_up(setup: &Setup<'_>) -> Result<Self, String> {
         let directory = new_directory()?;
-        let (data, password) = (directory.path().join("data"), directory.path().join("password"));
+        let (data, password) = (
+            directory.path().join("data"),
+            directory.path().join("password"),
+        );
         std::fs::write(&password, PASSWORD).expect("room");
         let mut init = as_its_user(&installed("initdb")?);
         init.arg("-D").arg(&data).arg("--pwfile").arg(&password);
-        run(init.args(["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync"]))?;
+        run(init.args([
+            "-A",
+            "trust",
+            "-U",
+            "postgres",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "--no-sync",
+        ]))?;
         if let Some(lines) = setup.lets_in {
-            std::fs::write(data.join("pg_hba.conf"), format!("local all all trust\n{lines}\n")).expect("room");
+            std::fs::write(
+                data.join("pg_hba.conf"),
+                format!("local all all trust\n{lines}\n"),
+            )
+            .expect("room");
         }
         let mut postgres = Self::in_directory(directory, setup)?;
         if let Some(certificates) = setup.certificates {
@@ -84,10 +106,15 @@ impl Postgres {
             std::fs::write(&own, std::fs::read(key).expect("a key")).expect("room");
             std::fs::set_permissions(&own, PermissionsExt::from_mode(0o600)).expect("a file");
             give_to_its_user(&own)?;
-            for (setting, path) in
-                [("ssl_cert_file", certificate), ("ssl_key_file", own), ("ssl_ca_file", certificates.ca())]
-            {
-                postgres.command.arg("-c").arg(format!("{setting}={}", path.display()));
+            for (setting, path) in [
+                ("ssl_cert_file", certificate),
+                ("ssl_key_file", own),
+                ("ssl_ca_file", certificates.ca()),
+            ] {
+                postgres
+                    .command
+                    .arg("-c")
+                    .arg(format!("{setting}={}", path.display()));
             }
             postgres.command.args(["-c", "ssl=on"]);
         }
@@ -131,12 +158,28 @@ impl Postgres {
             .arg(directory.path())
             .arg("-p")
             .arg(port.to_string());
-        // A killed server leaves its shared memory behind: in its directory, which is removed, and not in /dev/shm.
+        // A killed server leaves its shared memory behind: in its directory, which is removed, and
+        // not in /dev/shm.
         let memory = "dynamic_shared_memory_type=mmap";
-        let usual = ["listen_addresses=127.0.0.1", "fsync=off", "max_connections=200", memory];
-        command.args(usual.iter().chain(setup.settings).flat_map(|setting| ["-c", setting]));
+        let usual = [
+            "listen_addresses=127.0.0.1",
+            "fsync=off",
+            "max_connections=200",
+            memory,
+        ];
+        command.args(
+            usual
+                .iter()
+                .chain(setup.settings)
+                .flat_map(|setting| ["-c", setting]),
+        );
         command.envs(setup.clock.into_iter().flat_map(Clock::variables));
-        Ok(Self { server: None, command, port, directory })
+        Ok(Self {
+            server: None,
+            command,
+            port,
+            directory,
+        })
     }
 
     fn run(&mut self) -> Result<(), String> {
@@ -144,7 +187,9 @@ impl Postgres {
         let ready = installed("pg_isready")?;
         until("PostgreSQL is ready", || {
             let mut ask = Command::new(&ready);
-            ask.args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()]).status().is_ok_and(|said| said.success())
+            ask.args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()])
+                .status()
+                .is_ok_and(|said| said.success())
         });
         Ok(())
     }
@@ -156,21 +201,46 @@ impl Postgres {
 
     /// Returns the URL of a lease as another user, and with further parameters.
     pub fn lease_of(&self, user: &str, parameters: &str, name: &str) -> String {
-        format!("postgres://{user}@127.0.0.1:{}/postgres?{parameters}&lease={name}", self.port)
+        format!(
+            "postgres://{user}@127.0.0.1:{}/postgres?{parameters}&lease={name}",
+            self.port
+        )
     }
 
     /// Runs statements as the superuser. Returns their output, unaligned and without headings.
     pub fn sql(&self, statements: &str) -> String {
         let mut psql = Command::new(installed("psql").expect("it is beside the server"));
-        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h"]).arg(self.directory.path());
-        psql.args(["-p", &self.port.to_string(), "-d", "postgres", "-c", statements]);
+        psql.args([
+            "-X",
+            "-q",
+            "-A",
+            "-t",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-U",
+            "postgres",
+            "-h",
+        ])
+        .arg(self.directory.path());
+        psql.args([
+            "-p",
+            &self.port.to_string(),
+            "-d",
+            "postgres",
+            "-c",
+            statements,
+        ]);
         run(&mut psql).expect("SQL that works").trim().to_owned()
     }
 
     /// Returns the pid of the process that starts all others.
     fn first_process(&self) -> u32 {
-        let file = std::fs::read_to_string(self.directory.path().join("data/postmaster.pid")).expect("it runs");
-        file.lines().next().and_then(|pid| pid.trim().parse().ok()).expect("a pid")
+        let file = std::fs::read_to_string(self.directory.path().join("data/postmaster.pid"))
+            .expect("it runs");
+        file.lines()
+            .next()
+            .and_then(|pid| pid.trim().parse().ok())
+            .expect("a pid")
     }
 
     /// Returns its directory, which contains the Unix socket.
@@ -189,14 +259,23 @@ impl Engine for Postgres {
 
     fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String> {
         let (lets_in, certificates) = match security {
-            Security::None => ("host all all all trust\nhost replication all all trust", None),
+            Security::None => (
+                "host all all all trust\nhost replication all all trust",
+                None,
+            ),
             Security::Password => ("host all all all scram-sha-256", None),
             Security::Tls(certificates) => ("hostssl all all all trust", Some(certificates)),
-            Security::ClientCertificate(certificates) => {
-                ("hostssl all all all trust clientcert=verify-ca", Some(certificates))
-            }
+            Security::ClientCertificate(certificates) => (
+                "hostssl all all all trust clientcert=verify-ca",
+                Some(certificates),
+            ),
         };
-        Self::set_up(&Setup { lets_in: Some(lets_in), certificates, clock, settings: &[] })
+        Self::set_up(&Setup {
+            lets_in: Some(lets_in),
+            certificates,
+            clock,
+            settings: &[],
+        })
     }
 
     fn port(&self) -> u16 {
@@ -204,20 +283,27 @@ impl Engine for Postgres {
     }
 
     fn url(&self, port: u16, access: Access, name: &str) -> Option<String> {
-        let with = |user: &str, rest: &str| format!("postgres://{user}@127.0.0.1:{port}/{rest}lease={name}");
+        let with = |user: &str, rest: &str| {
+            format!("postgres://{user}@127.0.0.1:{port}/{rest}lease={name}")
+        };
         Some(match access {
             // By default the client would use TLS if the server offers it.
             Access::Right(Security::None) => with("postgres", "postgres?sslmode=disable&"),
             Access::Right(Security::Password) => with(&format!("postgres:{PASSWORD}"), "postgres?"),
             Access::WrongPassword => with("postgres:open-barley", "postgres?"),
             Access::WrongDatabase => with("postgres", "nowhere?"),
-            Access::Right(Security::Tls(certificates)) => {
-                with("postgres", &format!("postgres?{}", checked_by(&certificates.ca())))
-            }
+            Access::Right(Security::Tls(certificates)) => with(
+                "postgres",
+                &format!("postgres?{}", checked_by(&certificates.ca())),
+            ),
             Access::Right(Security::ClientCertificate(certificates)) => {
-                let [certificate, key] = certificates.client().map(|path| path.display().to_string());
+                let [certificate, key] =
+                    certificates.client().map(|path| path.display().to_string());
                 let ca = checked_by(&certificates.ca());
-                with("postgres", &format!("postgres?{ca}sslcert={certificate}&sslkey={key}&"))
+                with(
+                    "postgres",
+                    &format!("postgres?{ca}sslcert={certificate}&sslkey={key}&"),
+                )
             }
             Access::Tls(ca) => with("postgres", &format!("postgres?{}", checked_by(ca))),
         })
@@ -228,7 +314,9 @@ impl Engine for Postgres {
         // While the first process is stopped, it starts no more children.
         signal_pid(first, Signal::STOP);
         // Each child is in a process group of its own.
-        children_of(first).into_iter().for_each(|child| signal_pid(child, signal));
+        children_of(first)
+            .into_iter()
+            .for_each(|child| signal_pid(child, signal));
         signal_pid(first, signal);
         if ![Signal::STOP, Signal::KILL].contains(&signal) {
             signal_pid(first, Signal::CONT);
@@ -236,14 +324,22 @@ impl Engine for Postgres {
     }
 
     fn kill(&mut self) {
-        let Some(server) = self.server.take() else { return };
+        let Some(server) = self.server.take() else {
+            return;
+        };
         let first = self.first_process();
         signal_pid(first, Signal::STOP);
         let children = children_of(first);
-        children.iter().for_each(|child| signal_pid(*child, Signal::KILL));
+        children
+            .iter()
+            .for_each(|child| signal_pid(*child, Signal::KILL));
         server.kill();
         // Otherwise the next server finds their shared memory in use.
-        until("all are gone", || children.iter().all(|child| !Path::new(&format!("/proc/{child}")).exists()));
+        until("all are gone", || {
+            children
+                .iter()
+                .all(|child| !Path::new(&format!("/proc/{child}")).exists())
+        });
         // A killed server cannot have removed the file, and another process may soon have its pid.
         let _ = std::fs::remove_file(self.directory.path().join("data/postmaster.pid"));
     }
@@ -256,7 +352,9 @@ impl Engine for Postgres {
     fn follower(&self, port: u16) -> Result<Self, String> {
         let follower = self.standby_through(port)?;
         let here = self.sql("SELECT pg_current_wal_lsn()");
-        until("it is in step", || follower.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{here}'")) == "t");
+        until("it is in step", || {
+            follower.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{here}'")) == "t"
+        });
         Ok(follower)
     }
 
@@ -276,15 +374,25 @@ fn checked_by(ca: &Path) -> String {
 
 /// Admits every client, and knows nothing that PostgreSQL 9.3 did not know.
 fn answer_as_an_old_version(mut client: TcpStream) {
-    let message = |kind: u8, body: &[u8]| [&[kind], &(body.len() as u32 + 4).to_be_bytes()[..], body].concat();
+    let message = |kind: u8, body: &[u8]| {
+        [&[kind], &(body.len() as u32 + 4).to_be_bytes()[..], body].concat()
+    };
     let ready = message(b'Z', b"I");
-    let unknown = message(b'E', b"SERROR\0VERROR\0C42883\0Mfunction to_regclass(unknown) does not exist\0\0");
+    let unknown = message(
+        b'E',
+        b"SERROR\0VERROR\0C42883\0Mfunction to_regclass(unknown) does not exist\0\0",
+    );
     let mut bytes = [0; 4096];
     while let Ok(length @ 1..) = client.read(&mut bytes) {
         let answer = match (bytes[0], bytes.get(4..8)) {
             // A request for TLS, and the startup message.
             (0, Some([0x04, 0xd2, 0x16, 0x2f])) => b"N".to_vec(),
-            (0, _) => [message(b'R', &[0; 4]), message(b'K', &[1; 8]), ready.clone()].concat(),
+            (0, _) => [
+                message(b'R', &[0; 4]),
+                message(b'K', &[1; 8]),
+                ready.clone(),
+            ]
+            .concat(),
             // Messages that end with a Sync.
             _ if bytes[..length].ends_with(b"S\0\0\0\x04") => [&unknown[..], &ready[..]].concat(),
             _ => return,
@@ -307,7 +415,8 @@ fn give_to_its_user(path: &Path) -> Result<(), String> {
         return Ok(());
     }
     let ids = ["-u", "-g"].map(|which| run(Command::new("id").args([which, "postgres"])));
-    let [user, group] = ids.map(|id| id.and_then(|id| id.trim().parse().map_err(|_| format!("{id} is no number"))));
+    let [user, group] =
+        ids.map(|id| id.and_then(|id| id.trim().parse().map_err(|_| format!("{id} is no number"))));
     chown(path, Some(user?), Some(group?)).map_err(|error| error.to_string())
 }
 
@@ -317,7 +426,14 @@ pub fn as_its_user(program: &Path) -> Command {
         return Command::new(program);
     }
     let mut command = Command::new("setpriv");
-    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]).arg(program);
+    command
+        .args([
+            "--reuid=postgres",
+            "--regid=postgres",
+            "--clear-groups",
+            "--",
+        ])
+        .arg(program);
     command.current_dir("/");
     command
 }
@@ -327,18 +443,38 @@ pub fn as_its_user(program: &Path) -> Command {
 /// # Errors
 /// If no version is installed.
 pub fn installed(program: &str) -> Result<PathBuf, String> {
-    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let found = versions.map(|version| version.path().join("bin").join(program)).filter(|path| path.is_file());
-    let number = |path: &PathBuf| path.ancestors().nth(2)?.file_name()?.to_str()?.parse::<u32>().ok();
-    found.max_by_key(number).map_or_else(|| crate::servers::installed(&[program]), Ok)
+    let versions = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let found = versions
+        .map(|version| version.path().join("bin").join(program))
+        .filter(|path| path.is_file());
+    let number = |path: &PathBuf| {
+        path.ancestors()
+            .nth(2)?
+            .file_name()?
+            .to_str()?
+            .parse::<u32>()
+            .ok()
+    };
+    found
+        .max_by_key(number)
+        .map_or_else(|| crate::servers::installed(&[program]), Ok)
 }
 
 /// Returns the standard output of the command.
 fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().display().to_string();
-    let done = command.stdin(Stdio::null()).output().map_err(|error| format!("{program}: {error}"))?;
+    let done = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("{program}: {error}"))?;
     match done.status.success() {
         true => Ok(String::from_utf8_lossy(&done.stdout).into_owned()),
-        false => Err(format!("{program}: {}", String::from_utf8_lossy(&done.stderr).trim())),
+        false => Err(format!(
+            "{program}: {}",
+            String::from_utf8_lossy(&done.stderr).trim()
+        )),
     }
 }

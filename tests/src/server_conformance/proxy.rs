@@ -20,8 +20,8 @@ pub enum Direction {
     Answer,
 }
 
-/// A proxy between a client and a server that cuts connections at chosen bytes. It ends when it is dropped, and its
-/// connections with it.
+/// A proxy between a client and a server that cuts connections at chosen bytes. It ends when it is
+/// dropped, and its connections with it.
 pub struct Proxy {
     port: u16,
     state: Arc<State>,
@@ -31,7 +31,8 @@ pub struct Proxy {
 struct State {
     /// The port of the server.
     server: AtomicU16,
-    /// The pending cut: the connection that forwards the last of so many more bytes in this direction is cut.
+    /// The pending cut: the connection that forwards the last of so many more bytes in this
+    /// direction is cut.
     cut: Mutex<Option<(Direction, u64)>>,
     /// Whether the proxy refuses connections after that cut.
     stays_cut: AtomicBool,
@@ -57,7 +58,10 @@ impl Proxy {
     pub fn to(server: u16) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let port = listener.local_addr().expect("an address").port();
-        let state = Arc::new(State { server: server.into(), ..State::default() });
+        let state = Arc::new(State {
+            server: server.into(),
+            ..State::default()
+        });
         let shared = state.clone();
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
@@ -82,8 +86,9 @@ impl Proxy {
         self.port
     }
 
-    /// Cuts the connection that carries the last of so many bytes in this direction, right after that byte. The count
-    /// starts now and includes all connections. For zero bytes the cut happens as soon as any byte would go.
+    /// Cuts the connection that carries the last of so many bytes in this direction, right after
+    /// that byte. The count starts now and includes all connections. For zero bytes the cut happens
+    /// as soon as any byte would go.
     pub fn cut_after(&self, direction: Direction, bytes: u64) {
         *self.state.cut() = Some((direction, bytes));
     }
@@ -95,8 +100,8 @@ impl Proxy {
         self.state.stays_cut.store(true, Ordering::SeqCst);
     }
 
-    /// Directs the proxy to the server at this port from now on. Connections to the previous server forward nothing any
-    /// more.
+    /// Directs the proxy to the server at this port from now on. Connections to the previous server
+    /// forward nothing any more.
     pub fn move_to(&self, server: u16) {
         self.lead_to(server);
         self.state.moves.fetch_add(1, Ordering::SeqCst);
@@ -109,7 +114,11 @@ impl Proxy {
 
     /// As [`hold`](Self::hold), from the first request on that contains these bytes.
     pub fn hold_at(&self, bytes: &[u8]) {
-        *self.state.hold_at.lock().expect("no thread panics with the lock") = Some(bytes.to_vec());
+        *self
+            .state
+            .hold_at
+            .lock()
+            .expect("no thread panics with the lock") = Some(bytes.to_vec());
     }
 
     /// Returns whether it holds data, or would hold new data.
@@ -119,7 +128,9 @@ impl Proxy {
 
     /// Delays all data by this time in both directions from now on, as over a long distance.
     pub fn slow_down(&self, delay: Duration) {
-        self.state.delay.store(delay.as_micros() as u64, Ordering::SeqCst);
+        self.state
+            .delay
+            .store(delay.as_micros() as u64, Ordering::SeqCst);
     }
 
     /// Directs new connections to the server at this port. Existing connections stay.
@@ -127,7 +138,8 @@ impl Proxy {
         self.state.server.store(server, Ordering::SeqCst);
     }
 
-    /// Forwards the held data, including that of clients that have gone since. The connections of these clients stay.
+    /// Forwards the held data, including that of clients that have gone since. The connections of
+    /// these clients stay.
     pub fn let_go(&self) {
         self.state.lingers.store(true, Ordering::SeqCst);
         self.state.holds.store(false, Ordering::SeqCst);
@@ -214,7 +226,9 @@ impl State {
 
     /// Returns whether connections stay open.
     fn keeps_on(&self) -> bool {
-        let keeps_on = [&self.holds, &self.lingers].iter().any(|flag| flag.load(Ordering::SeqCst));
+        let keeps_on = [&self.holds, &self.lingers]
+            .iter()
+            .any(|flag| flag.load(Ordering::SeqCst));
         keeps_on && !self.is_over.load(Ordering::SeqCst)
     }
 
@@ -246,12 +260,16 @@ impl State {
 
     fn hold_if_due(&self, request: &[u8]) {
         let mut at = self.hold_at.lock().expect("no thread panics with the lock");
-        if at.take_if(|bytes| request.windows(bytes.len()).any(|window| window == *bytes)).is_some() {
+        if at
+            .take_if(|bytes| request.windows(bytes.len()).any(|window| window == *bytes))
+            .is_some()
+        {
             self.holds.store(true, Ordering::SeqCst);
         }
     }
 
-    /// Returns how many of these bytes may go in this direction, and whether the connection is cut then.
+    /// Returns how many of these bytes may go in this direction, and whether the connection is cut
+    /// then.
     fn allowed(&self, direction: Direction, length: usize) -> (usize, bool) {
         let mut cut = self.cut();
         match &mut *cut {

@@ -19,15 +19,18 @@ pub struct Redis {
     server: Option<Server>,
 }
 
-/// Returns the URL of a lease with this name on the server that all tests of this process share. That server stores
-/// nothing on disk.
+/// Returns the URL of a lease with this name on the server that all tests of this process share.
+/// That server stores nothing on disk.
 ///
 /// # Errors
 /// The reason why there is no server.
 pub fn shared(name: &str) -> Result<String, &'static str> {
-    static SERVER: Shared<Redis> = Shared::new(|| Redis::with(&Security::None, None, &["--appendonly", "no"]));
+    static SERVER: Shared<Redis> =
+        Shared::new(|| Redis::with(&Security::None, None, &["--appendonly", "no"]));
     let server = SERVER.get()?;
-    Ok(server.url(server.port, Access::Right(&Security::None), name).expect("the right way is always there"))
+    Ok(server
+        .url(server.port, Access::Right(&Security::None), name)
+        .expect("the right way is always there"))
 }
 
 impl Redis {
@@ -39,18 +42,38 @@ impl Redis {
     /// Sends a command, and returns the answer.
     pub fn tell(&self, command: &str) -> String {
         let mut connection = TcpStream::connect(("127.0.0.1", self.port)).expect("it runs");
-        connection.write_all(format!("{command}\r\n").as_bytes()).expect("it runs");
+        connection
+            .write_all(format!("{command}\r\n").as_bytes())
+            .expect("it runs");
         let mut answer = [0; 4096];
         let length = connection.read(&mut answer).expect("it answers");
-        String::from_utf8_lossy(&answer[..length]).trim_end().to_owned()
+        String::from_utf8_lossy(&answer[..length])
+            .trim_end()
+            .to_owned()
     }
 
-    fn with(security: &Security, clock: Option<&Clock>, durability: &[&str]) -> Result<Self, String> {
+    fn with(
+        security: &Security,
+        clock: Option<&Clock>,
+        durability: &[&str],
+    ) -> Result<Self, String> {
         let program = installed(&["redis-server", "valkey-server"])?;
         let (directory, port) = (ServerDir::new("redis"), free_port());
         let mut command = Command::new(program);
-        command.arg("--unixsocket").arg(directory.path().join("socket"));
-        command.args(["--bind", "127.0.0.1", "--daemonize", "no", "--save", "", "--databases", "4", "--dir"]);
+        command
+            .arg("--unixsocket")
+            .arg(directory.path().join("socket"));
+        command.args([
+            "--bind",
+            "127.0.0.1",
+            "--daemonize",
+            "no",
+            "--save",
+            "",
+            "--databases",
+            "4",
+            "--dir",
+        ]);
         command.arg(directory.path()).args(durability);
         match security {
             Security::None => {}
@@ -60,9 +83,22 @@ impl Redis {
             Security::Tls(certificates) | Security::ClientCertificate(certificates) => {
                 let [certificate, key] = certificates.server();
                 let asks = matches!(security, Security::ClientCertificate(_));
-                command.arg("--tls-port").arg(port.to_string()).arg("--tls-ca-cert-file").arg(certificates.ca());
-                command.arg("--tls-cert-file").arg(certificate).arg("--tls-key-file").arg(key);
-                command.args(["--tls-auth-clients", if asks { "yes" } else { "no" }, "--port", "0"]);
+                command
+                    .arg("--tls-port")
+                    .arg(port.to_string())
+                    .arg("--tls-ca-cert-file")
+                    .arg(certificates.ca());
+                command
+                    .arg("--tls-cert-file")
+                    .arg(certificate)
+                    .arg("--tls-key-file")
+                    .arg(key);
+                command.args([
+                    "--tls-auth-clients",
+                    if asks { "yes" } else { "no" },
+                    "--port",
+                    "0",
+                ]);
             }
         }
         if !matches!(security, Security::Tls(_) | Security::ClientCertificate(_)) {
@@ -70,7 +106,12 @@ impl Redis {
         }
         command.envs(clock.into_iter().flat_map(Clock::variables));
         let server = Server::start(&directory, &command, port)?;
-        Ok(Self { directory, command, port, server: Some(server) })
+        Ok(Self {
+            directory,
+            command,
+            port,
+            server: Some(server),
+        })
     }
 }
 
@@ -78,7 +119,11 @@ impl Engine for Redis {
     const OLD: Option<fn(TcpStream)> = Some(answer_as_an_old_version);
 
     fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String> {
-        Self::with(security, clock, &["--appendonly", "yes", "--appendfsync", "always"])
+        Self::with(
+            security,
+            clock,
+            &["--appendonly", "yes", "--appendfsync", "always"],
+        )
     }
 
     fn port(&self) -> u16 {
@@ -93,12 +138,19 @@ impl Engine for Redis {
             Access::WrongPassword => plain(":open-barley@", ""),
             Access::WrongDatabase => plain("", "9/"),
             Access::Right(Security::Tls(certificates)) => {
-                format!("rediss://127.0.0.1:{port}/{name}?ca={}", certificates.ca().display())
+                format!(
+                    "rediss://127.0.0.1:{port}/{name}?ca={}",
+                    certificates.ca().display()
+                )
             }
             Access::Right(Security::ClientCertificate(certificates)) => {
-                let [certificate, key] = certificates.client().map(|path| path.display().to_string());
+                let [certificate, key] =
+                    certificates.client().map(|path| path.display().to_string());
                 let ca = certificates.ca();
-                format!("rediss://127.0.0.1:{port}/{name}?ca={}&cert={certificate}&key={key}", ca.display())
+                format!(
+                    "rediss://127.0.0.1:{port}/{name}?ca={}&cert={certificate}&key={key}",
+                    ca.display()
+                )
             }
             Access::Tls(ca) => format!("rediss://127.0.0.1:{port}/{name}?ca={}", ca.display()),
         })
@@ -114,13 +166,19 @@ impl Engine for Redis {
 
     fn restart(&mut self) {
         self.kill();
-        self.server = Some(Server::start(&self.directory, &self.command, self.port).expect("it starts again"));
+        self.server = Some(
+            Server::start(&self.directory, &self.command, self.port).expect("it starts again"),
+        );
     }
 
     fn follower(&self, port: u16) -> Result<Self, String> {
         let follower = Self::start(&Security::None, None)?;
         assert_eq!(follower.tell(&format!("REPLICAOF 127.0.0.1 {port}")), "+OK");
-        until("it is in step", || follower.tell("INFO replication").contains("master_link_status:up"));
+        until("it is in step", || {
+            follower
+                .tell("INFO replication")
+                .contains("master_link_status:up")
+        });
         Ok(follower)
     }
 

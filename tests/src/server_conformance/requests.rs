@@ -9,7 +9,9 @@ use std::time::Duration;
 use lockkit::{ErrorKind, LeaseGuard, LeaseStatus};
 
 use super::engine::Engine;
-use super::fixture::{Drill, TestServer, lease_with_fast_retries, retry_once, token_of, until_renewed, with_long_ttl};
+use super::fixture::{
+    Drill, TestServer, lease_with_fast_retries, retry_once, token_of, until_renewed, with_long_ttl,
+};
 use super::proxy::{Direction, Proxy};
 use crate::leases::Terms;
 use crate::{LIVELY, until};
@@ -38,7 +40,11 @@ pub fn renew_cut_anywhere_keeps_lease<E: Engine>() -> Drill {
     server.cut_everywhere_then(
         |proxy| {
             let terms = server.terms_through(proxy.port());
-            let terms = Terms { ttl: LIVELY.as_millis() as u64, heartbeat: 20, ..terms };
+            let terms = Terms {
+                ttl: LIVELY.as_millis() as u64,
+                heartbeat: 20,
+                ..terms
+            };
             let guard: &LeaseGuard = kept.get_or_init(|| terms.open().try_lock().expect("free"));
             until_renewed(|| guard.remaining());
         },
@@ -69,7 +75,8 @@ pub fn release_cut_anywhere_frees_name<E: Engine>() -> Drill {
                 let waiter = scope.spawn(|| direct.lock_for(LIVELY));
                 (guard.release(), waiter.join().expect("no panic"))
             });
-            let is_lost = |error: &lockkit::Error| matches!(error.kind(), ErrorKind::LeaseLost { .. });
+            let is_lost =
+                |error: &lockkit::Error| matches!(error.kind(), ErrorKind::LeaseLost { .. });
             assert!(
                 !released.as_ref().is_err_and(is_lost),
                 "no other client acquired before the release: {released:?}"
@@ -89,13 +96,23 @@ pub fn status_and_evict_cut_anywhere_can_be_repeated<E: Engine>() -> Drill {
     let server = TestServer::<E>::open()?;
     let (direct, mut last) = (with_long_ttl(server.terms()).open(), 0);
     server.cut_everywhere_then(
-        |proxy| (with_long_ttl(server.terms_through(proxy.port())).open(), direct.lock_for(LIVELY).expect("free")),
+        |proxy| {
+            (
+                with_long_ttl(server.terms_through(proxy.port())).open(),
+                direct.lock_for(LIVELY).expect("free"),
+            )
+        },
         |proxy, (lease, guard)| {
             assert!(guard.token() > last && guard.recovered().is_none());
             last = guard.token();
-            let LeaseStatus::Held(seen) = retry_once(|| lease.status()) else { panic!("it is held") };
+            let LeaseStatus::Held(seen) = retry_once(|| lease.status()) else {
+                panic!("it is held")
+            };
             assert_eq!(seen.token(), Some(last));
-            assert!(retry_once(|| lease.evict(&seen)), "it is done, whichever of the two did it");
+            assert!(
+                retry_once(|| lease.evict(&seen)),
+                "it is done, whichever of the two did it"
+            );
             proxy.cut_nothing();
             assert_eq!(token_of(&direct), None);
             // A late eviction has no effect on the next holder.
@@ -113,7 +130,11 @@ pub fn cut_of_distant_connection_keeps_lease<E: Engine>() -> Drill {
     const WAY: Duration = Duration::from_millis(80);
     let server = TestServer::<E>::open()?;
     let proxy = Proxy::to(server.engine.port());
-    let terms = Terms { ttl: 8000, heartbeat: 100, ..server.terms_through(proxy.port()) };
+    let terms = Terms {
+        ttl: 8000,
+        heartbeat: 100,
+        ..server.terms_through(proxy.port())
+    };
     let guard = terms.open().lock_for(LIVELY).expect("free");
     proxy.slow_down(WAY);
     for _ in 0..2 {

@@ -9,8 +9,8 @@ use lockkit::{CancelToken, ErrorKind, Lease, Wait};
 
 use super::engine::Engine;
 use super::fixture::{
-    Drill, TestServer, assert_reports_death, lease_with_fast_retries, parse_held, start_in_pid_namespace, until_quiet,
-    until_renewed, with_long_ttl,
+    Drill, TestServer, assert_reports_death, lease_with_fast_retries, parse_held,
+    start_in_pid_namespace, until_quiet, until_renewed, with_long_ttl,
 };
 use super::proxy::{Direction, Proxy};
 use crate::leases::Terms;
@@ -19,7 +19,10 @@ use crate::{Actor, LIVELY, sleeps, thread_id, until};
 pub fn waiter_sends_no_request_until_release_wakes_it<E: Engine>() -> Drill {
     let server = TestServer::<E>::open()?;
     let proxy = Proxy::to(server.engine.port());
-    let guard = with_long_ttl(server.terms()).open().try_lock().expect("free");
+    let guard = with_long_ttl(server.terms())
+        .open()
+        .try_lock()
+        .expect("free");
     let mut waiter = Actor::start_lease(&with_long_ttl(server.terms_through(proxy.port())));
     waiter.tell("lock");
     until_quiet(&proxy);
@@ -27,7 +30,10 @@ pub fn waiter_sends_no_request_until_release_wakes_it<E: Engine>() -> Drill {
     let token = guard.token();
     guard.release().expect("it is held");
     let answer = waiter.answer();
-    assert!(parse_held(&answer).0 > token && parse_held(&answer).1.is_empty(), "{answer}");
+    assert!(
+        parse_held(&answer).0 > token && parse_held(&answer).1.is_empty(),
+        "{answer}"
+    );
     Ok(())
 }
 
@@ -38,7 +44,9 @@ pub fn release_after_takeover_wakes_remote_waiter<E: Engine>() -> Drill {
     let first = parse_held(&holder.ask("try")).0;
     // It cannot see the holder die.
     let proxy = Proxy::to(server.engine.port());
-    let Some(mut remote) = start_in_pid_namespace(&with_long_ttl(server.terms_through(proxy.port()))) else {
+    let Some(mut remote) =
+        start_in_pid_namespace(&with_long_ttl(server.terms_through(proxy.port())))
+    else {
         return Err("this machine does not let the test make a pid namespace".to_owned());
     };
     remote.tell("lock");
@@ -53,7 +61,10 @@ pub fn release_after_takeover_wakes_remote_waiter<E: Engine>() -> Drill {
     remote.expect_silence();
     next.expect("release", "released");
     let answer = remote.answer();
-    assert!(parse_held(&answer).0 > token && parse_held(&answer).1.is_empty(), "{answer}");
+    assert!(
+        parse_held(&answer).0 > token && parse_held(&answer).1.is_empty(),
+        "{answer}"
+    );
     Ok(())
 }
 
@@ -65,7 +76,8 @@ pub fn waiter_cut_anywhere_is_woken_by_release<E: Engine>() -> Drill {
     server.cut_everywhere_then(
         |_| direct.lock_for(LIVELY).expect("the lease is free"),
         |proxy, guard| {
-            let waiter = lease_with_fast_retries(&with_long_ttl(server.terms_through(proxy.port())));
+            let waiter =
+                lease_with_fast_retries(&with_long_ttl(server.terms_through(proxy.port())));
             let token = guard.token();
             let passed = || [Direction::Request, Direction::Answer].map(|way| proxy.passed(way));
             let before = passed();
@@ -79,8 +91,8 @@ pub fn waiter_cut_anywhere_is_woken_by_release<E: Engine>() -> Drill {
                     }
                     since.elapsed() > QUIET
                 });
-                // The remaining cut may hit this release's notification. If the release fails at first, the
-                // heartbeat completes it.
+                // The remaining cut may hit this release's notification. If the release fails at
+                // first, the heartbeat completes it.
                 drop(guard);
                 next.join().expect("no panic")
             });
@@ -95,11 +107,17 @@ pub fn waiter_cut_anywhere_is_woken_by_release<E: Engine>() -> Drill {
 
 pub fn waiter_with_retries_survives_server_restart<E: Engine>() -> Drill {
     let mut server = TestServer::<E>::open()?;
-    let terms = with_long_ttl(Terms { heartbeat: 100, ..server.terms() });
+    let terms = with_long_ttl(Terms {
+        heartbeat: 100,
+        ..server.terms()
+    });
     let guard = terms.open().lock_for(LIVELY).expect("the lease is free");
     let [few_retries, many_retries] = [4, 10_000].map(|limit| {
         let delay = Duration::from_millis(25);
-        let builder = terms.builder().acquire_retry_limit(limit).acquire_retry_delay(delay);
+        let builder = terms
+            .builder()
+            .acquire_retry_limit(limit)
+            .acquire_retry_delay(delay);
         builder.build().expect("options that go together")
     });
     let (send, threads) = std::sync::mpsc::channel();
@@ -108,12 +126,16 @@ pub fn waiter_with_retries_survives_server_restart<E: Engine>() -> Drill {
         lease.acquire(&Wait::at_most(4 * LIVELY))
     };
     thread::scope(|scope| {
-        let [few_retries, many_retries] = [&few_retries, &many_retries].map(|lease| scope.spawn(move || wait(lease)));
+        let [few_retries, many_retries] =
+            [&few_retries, &many_retries].map(|lease| scope.spawn(move || wait(lease)));
         for thread in threads.iter().take(2) {
             until("the waiter sleeps", || sleeps(std::process::id(), thread));
         }
         server.engine.kill();
-        let error = few_retries.join().expect("no panic").expect_err("the server is gone");
+        let error = few_retries
+            .join()
+            .expect("no panic")
+            .expect_err("the server is gone");
         assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error}");
         assert!(!many_retries.is_finished());
         server.engine.restart();
@@ -121,7 +143,10 @@ pub fn waiter_with_retries_survives_server_restart<E: Engine>() -> Drill {
         assert!(guard.is_held() && !many_retries.is_finished());
         let token = guard.token();
         guard.release().expect("it is held");
-        let next = many_retries.join().expect("no panic").expect("the server is back");
+        let next = many_retries
+            .join()
+            .expect("no panic")
+            .expect("the server is back");
         assert!(next.token() > token && next.recovered().is_none());
     });
     Ok(())
@@ -143,7 +168,13 @@ pub fn cancelled_server_waiter_returns_at_once<E: Engine>() -> Drill {
         until("the waiter sleeps", || sleeps(std::process::id(), thread));
         let start = Instant::now();
         token.cancel();
-        assert!(waiter.join().expect("no panic").expect_err("it is held").is_cancelled());
+        assert!(
+            waiter
+                .join()
+                .expect("no panic")
+                .expect_err("it is held")
+                .is_cancelled()
+        );
         assert!(start.elapsed() < LIVELY);
     });
     Ok(())

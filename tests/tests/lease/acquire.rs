@@ -16,7 +16,8 @@ use lockkit_tests::wine::{is_wine, wine_cannot_judge};
 use lockkit_tests::{Actor, Belongings, LIVELY, until};
 
 use crate::fixture::{
-    acquire, is_held, read, record_of_other_host, replace, temp_lease, terms_on, token, token_after, write,
+    acquire, is_held, read, record_of_other_host, replace, temp_lease, terms_on, token,
+    token_after, write,
 };
 #[cfg(target_os = "linux")]
 use crate::fixture::{inotify_watches, wait_for_heartbeats};
@@ -40,7 +41,11 @@ fn try_lock_of_held_lease_refused_until_release() {
     assert!(error.is_held());
     assert_eq!(error.owner().unwrap().pid(), holder.pid());
     let own = std::error::Error::source(&error).and_then(|source| source.downcast_ref());
-    assert_eq!(own, Some(&BuildRuns), "the error that the caller has set is the source");
+    assert_eq!(
+        own,
+        Some(&BuildRuns),
+        "the error that the caller has set is the source"
+    );
     holder.expect("release", "released");
     let second = lease.try_lock().unwrap();
     assert!(second.token() > first && second.recovered().is_none());
@@ -56,15 +61,27 @@ fn try_lock_by_twelve_contenders_has_one_winner() {
         if round % 2 == 0 {
             let _ = fs::remove_file(&terms.path);
         }
-        contenders.iter_mut().for_each(|contender| contender.tell("try"));
+        contenders
+            .iter_mut()
+            .for_each(|contender| contender.tell("try"));
         let answers: Vec<String> = contenders.iter_mut().map(Actor::answer).collect();
-        let winners: Vec<usize> = (0..12).filter(|at| answers[*at].starts_with("held ")).collect();
+        let winners: Vec<usize> = (0..12)
+            .filter(|at| answers[*at].starts_with("held "))
+            .collect();
         assert_eq!(winners.len(), 1, "round {round}: {answers:?}");
-        assert_eq!(answers.iter().filter(|answer| is_held(answer)).count(), 11, "round {round}: {answers:?}");
+        assert_eq!(
+            answers.iter().filter(|answer| is_held(answer)).count(),
+            11,
+            "round {round}: {answers:?}"
+        );
         token(&answers[winners[0]]);
         contenders[winners[0]].expect("release", "released");
     }
-    assert_eq!(directory.path().read_dir().unwrap().count(), 1, "only the record is left");
+    assert_eq!(
+        directory.path().read_dir().unwrap().count(),
+        1,
+        "only the record is left"
+    );
 }
 
 #[test]
@@ -78,9 +95,15 @@ fn try_lock_of_stale_record_by_eight_has_one_winner() {
         write(&terms, &stale);
         racers.iter_mut().for_each(|racer| racer.tell("try"));
         let answers: Vec<String> = racers.iter_mut().map(Actor::answer).collect();
-        let winners: Vec<usize> = (0..8).filter(|at| answers[*at].starts_with("held ")).collect();
+        let winners: Vec<usize> = (0..8)
+            .filter(|at| answers[*at].starts_with("held "))
+            .collect();
         assert_eq!(winners.len(), 1, "round {round}: {answers:?}");
-        assert_eq!(answers.iter().filter(|answer| is_held(answer)).count(), 7, "round {round}: {answers:?}");
+        assert_eq!(
+            answers.iter().filter(|answer| is_held(answer)).count(),
+            7,
+            "round {round}: {answers:?}"
+        );
         token_after(&answers[winners[0]], died);
         let winner = &mut racers[winners[0]];
         assert_eq!(line(&read(&terms), "pid"), winner.pid().to_string());
@@ -96,8 +119,11 @@ fn release_keeps_foreign_record() {
     let lease = terms.open();
     let foreign = record_of_other_host(&terms);
     let newer = b"lockkit lease 2\nflavour sour\n";
-    let changes: [&dyn Fn(); 3] =
-        [&|| write(&terms, &foreign), &|| replace(&terms, &foreign), &|| replace(&terms, newer)];
+    let changes: [&dyn Fn(); 3] = [
+        &|| write(&terms, &foreign),
+        &|| replace(&terms, &foreign),
+        &|| replace(&terms, newer),
+    ];
     for change in changes {
         for drops in [false, true] {
             let _ = fs::remove_file(&terms.path);
@@ -108,7 +134,10 @@ fn release_keeps_foreign_record() {
                 true => drop(guard),
                 false => {
                     let error = guard.release().unwrap_err();
-                    assert!(matches!(error.kind(), ErrorKind::LeaseLost { .. }), "{error}");
+                    assert!(
+                        matches!(error.kind(), ErrorKind::LeaseLost { .. }),
+                        "{error}"
+                    );
                 }
             }
             assert_eq!(fs::read(&terms.path).ok(), left);
@@ -121,8 +150,9 @@ fn release_of_damaged_or_deleted_record_succeeds() {
     let (_directory, mut terms) = temp_lease();
     (terms.ttl, terms.heartbeat) = (60_000, 20_000);
     let lease = terms.open();
-    let changes: [&dyn Fn(); 3] =
-        [&|| write(&terms, "lock"), &|| replace(&terms, ""), &|| fs::remove_file(&terms.path).unwrap()];
+    let changes: [&dyn Fn(); 3] = [&|| write(&terms, "lock"), &|| replace(&terms, ""), &|| {
+        fs::remove_file(&terms.path).unwrap()
+    }];
     for change in changes {
         for drops in [false, true] {
             let guard = lease.try_lock().unwrap();
@@ -134,7 +164,11 @@ fn release_of_damaged_or_deleted_record_succeeds() {
                 false => guard.release().unwrap(),
             }
             assert!(matches!(lost.reason(), Some(LossReason::Released)));
-            assert_eq!(terms.path.exists(), is_there, "a deleted file is left deleted");
+            assert_eq!(
+                terms.path.exists(),
+                is_there,
+                "a deleted file is left deleted"
+            );
             let next = lease.try_lock().unwrap();
             assert!(next.token() > token && next.recovered().is_none());
             next.release().unwrap();
@@ -148,7 +182,12 @@ fn drop_during_heartbeat_leaves_record_free() {
         return;
     }
     let (_directory, terms) = temp_lease();
-    let lease = terms.builder().ttl(LIVELY).heartbeat(Duration::from_millis(1)).build().unwrap();
+    let lease = terms
+        .builder()
+        .ttl(LIVELY)
+        .heartbeat(Duration::from_millis(1))
+        .build()
+        .unwrap();
     let mut last = 0;
     for round in 0..500 {
         let guard = lease.try_lock().expect("no renewal restored the record");
@@ -167,7 +206,10 @@ fn forked_child_does_not_inherit_lease() {
     let (directory, terms) = temp_lease();
     let mut parent = Actor::start_lease(&terms);
     let first = acquire(&mut parent, "try");
-    parent.expect(&format!("fork {}", directory.path().join("other").display()), "parted");
+    parent.expect(
+        &format!("fork {}", directory.path().join("other").display()),
+        "parted",
+    );
     wait_for_heartbeats(&terms);
     parent.expect("is-held", "yes");
     parent.expect("losses", "losses");
@@ -190,19 +232,41 @@ fn drop_or_kill_with_thousand_leases_frees_all() {
     acquire(&mut holder, "try");
     holder.expect("release", "released");
     let before = Belongings::of(holder.pid());
-    let leases: Vec<Lease> =
-        (0..1000).map(|n| Terms { path: directory.path().join(n.to_string()), ..terms.clone() }.open()).collect();
+    let leases: Vec<Lease> = (0..1000)
+        .map(|n| {
+            Terms {
+                path: directory.path().join(n.to_string()),
+                ..terms.clone()
+            }
+            .open()
+        })
+        .collect();
     let hold = format!("hold-many 1000 {}", directory.path().display());
     holder.expect(&hold, "holds 1000");
     // A heartbeat has the file open for as long as it lasts.
-    until("all leases share one thread, and keep no descriptor", || Belongings::of(holder.pid()) == before);
-    assert!(leases.iter().all(|lease| lease.try_lock().is_err_and(|error| error.is_held())));
+    until(
+        "all leases share one thread, and keep no descriptor",
+        || Belongings::of(holder.pid()) == before,
+    );
+    assert!(
+        leases
+            .iter()
+            .all(|lease| lease.try_lock().is_err_and(|error| error.is_held()))
+    );
     holder.expect("drop-many", "dropped");
-    assert!(leases.iter().all(|lease| lease.try_lock().unwrap().recovered().is_none()));
+    assert!(
+        leases
+            .iter()
+            .all(|lease| lease.try_lock().unwrap().recovered().is_none())
+    );
     holder.expect("losses", "losses");
     holder.expect(&hold, "holds 1000");
     holder.kill();
-    assert!(leases.iter().all(|lease| lease.try_lock().unwrap().recovered().is_some()));
+    assert!(
+        leases
+            .iter()
+            .all(|lease| lease.try_lock().unwrap().recovered().is_some())
+    );
 }
 
 #[test]
@@ -214,14 +278,22 @@ fn acquire_retries_follow_limit_and_delay() {
     let pause = Duration::from_millis(20);
     // A file in the place of its directory is a permanent error, which is reported immediately.
     fs::write(directory.path().join("file"), "").unwrap();
-    let below_file = Lease::file(directory.path().join("file/lease")).acquire_retry_limit(u32::MAX).build().unwrap();
+    let below_file = Lease::file(directory.path().join("file/lease"))
+        .acquire_retry_limit(u32::MAX)
+        .build()
+        .unwrap();
     let error = below_file.lock().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
-    let Some(disk) = SmallDisk::mount("size=64k") else { return };
+    let Some(disk) = SmallDisk::mount("size=64k") else {
+        return;
+    };
     disk.fill();
     for limit in [0, 1, 10] {
-        let lease =
-            Lease::file(terms_on(&disk).path).acquire_retry_limit(limit).acquire_retry_delay(pause).build().unwrap();
+        let lease = Lease::file(terms_on(&disk).path)
+            .acquire_retry_limit(limit)
+            .acquire_retry_delay(pause)
+            .build()
+            .unwrap();
         for wait in [Wait::none(), Wait::forever(), Wait::at_most(LIVELY)] {
             let start = Instant::now();
             let error = lease.acquire(&wait).unwrap_err();
@@ -232,7 +304,12 @@ fn acquire_retries_follow_limit_and_delay() {
     // A held lease is not a failed attempt.
     let _guard = terms.open().try_lock().unwrap();
     let lease = terms.builder().acquire_retry_limit(0).build().unwrap();
-    assert!(lease.lock_for(Duration::from_millis(100)).unwrap_err().is_timeout());
+    assert!(
+        lease
+            .lock_for(Duration::from_millis(100))
+            .unwrap_err()
+            .is_timeout()
+    );
 }
 
 #[cfg(target_os = "linux")]
@@ -262,7 +339,11 @@ fn acquire_in_threads(threads: usize, often: usize, open: impl Fn() -> Lease + S
                 let lease = open();
                 for _ in 0..often {
                     let guard = lease.lock_for(4 * LIVELY).unwrap();
-                    assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0, "two threads hold the lease");
+                    assert_eq!(
+                        holders.fetch_add(1, Ordering::SeqCst),
+                        0,
+                        "two threads hold the lease"
+                    );
                     holders.fetch_sub(1, Ordering::SeqCst);
                     drop(guard);
                 }
@@ -304,15 +385,26 @@ fn c13_waiters_of_one_process_served_in_order() {
                 drop(guard);
             });
             let thread = receive.recv().unwrap();
-            until("the waiter sleeps", || lockkit_tests::sleeps(std::process::id(), thread));
+            until("the waiter sleeps", || {
+                lockkit_tests::sleeps(std::process::id(), thread)
+            });
             // A try does not join the queue.
             let start = Instant::now();
             let error = terms.open().try_lock().unwrap_err();
             assert!(error.is_held() && error.owner().is_some() && start.elapsed() < LIVELY / 10);
         }
         // The error names the holder, although this thread has not asked the store.
-        let error = terms.open().lock_for(Duration::from_millis(50)).unwrap_err();
-        assert!(error.is_timeout() && error.owner().is_some_and(|owner| owner.pid() == std::process::id()), "{error}");
+        let error = terms
+            .open()
+            .lock_for(Duration::from_millis(50))
+            .unwrap_err();
+        assert!(
+            error.is_timeout()
+                && error
+                    .owner()
+                    .is_some_and(|owner| owner.pid() == std::process::id()),
+            "{error}"
+        );
         drop(guard);
     });
     assert_eq!(order.into_inner().unwrap(), (0..20).collect::<Vec<_>>());
@@ -326,11 +418,18 @@ fn c13_wait_after_timeout_or_cancel_leaks_nothing() {
     let guard = lease.lock().unwrap();
     let stop = CancelToken::new();
     // Creates the descriptor that a process keeps for its next wait, and that of the token.
-    assert!(lease.acquire(&Wait::at_most(Duration::from_millis(10)).or_cancelled(&stop)).is_err());
+    assert!(
+        lease
+            .acquire(&Wait::at_most(Duration::from_millis(10)).or_cancelled(&stop))
+            .is_err()
+    );
     // The events of the waiters. Other tests of this process may have events, too.
     let events = || {
         let open = fs::read_dir("/proc/self/fd").unwrap().flatten();
-        open.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:[eventfd]")).count()
+        open.filter(|fd| {
+            fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:[eventfd]")
+        })
+        .count()
     };
     let start = || {
         let (lease, wait) = (lease.clone(), Wait::forever().or_cancelled(&stop));
@@ -352,7 +451,11 @@ fn c13_wait_after_timeout_or_cancel_leaks_nothing() {
     for waiter in waiters {
         assert!(waiter.join().unwrap().unwrap_err().is_cancelled());
     }
-    assert!(cancelled.elapsed() < Duration::from_secs(5), "{:?}", cancelled.elapsed());
+    assert!(
+        cancelled.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        cancelled.elapsed()
+    );
     until("no waiter has left a descriptor", || events() < 20);
     drop(guard);
     drop(lease.try_lock().expect("no waiter is left"));

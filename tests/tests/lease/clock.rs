@@ -1,4 +1,5 @@
-//! Clocks that are wrong, and holders whose liveness is not known here: of other hosts and containers.
+//! Clocks that are wrong, and holders whose liveness is not known here: of other hosts and
+//! containers.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,8 +10,8 @@ use lockkit_tests::leases::{Terms, forge, left_by_the_dead, line};
 use lockkit_tests::{Actor, LIVELY, succeeds, until};
 
 use crate::fixture::{
-    HOUR, acquire, is_held, read, record_of_other_host, remaining, set_modified, temp_lease, token, token_after,
-    wait_for_heartbeats, write,
+    HOUR, acquire, is_held, read, record_of_other_host, remaining, set_modified, temp_lease, token,
+    token_after, wait_for_heartbeats, write,
 };
 
 #[test]
@@ -19,13 +20,16 @@ fn acquire_ignores_times_in_record_and_of_file() {
     for step in [-1, 1] {
         let (_directory, terms) = temp_lease();
         let at = |now: SystemTime| if step < 0 { now - HOUR } else { now + HOUR };
-        let moment = at(SystemTime::now()).duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let moment = at(SystemTime::now())
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap();
         let acquired = format!("{}.000000000 (then)", moment.as_secs());
 
         // A live holder keeps it.
         let mut holder = Actor::start_lease(&terms);
         let first = acquire(&mut holder, "try");
-        // This write may revert a heartbeat between its read and its write. The next heartbeat makes up for it.
+        // This write may revert a heartbeat between its read and its write. The next heartbeat
+        // makes up for it.
         write(&terms, forge(&read(&terms), &[("acquired", &acquired)]));
         set_modified(&terms.path, at(SystemTime::now()));
         assert!(terms.open().try_lock().unwrap_err().is_held());
@@ -37,18 +41,31 @@ fn acquire_ignores_times_in_record_and_of_file() {
         holder.expect("release", "released");
 
         // The wait for a holder of unknown liveness lasts for a TTL and no longer.
-        write(&terms, forge(&record_of_other_host(&terms), &[("acquired", &acquired)]));
+        write(
+            &terms,
+            forge(&record_of_other_host(&terms), &[("acquired", &acquired)]),
+        );
         set_modified(&terms.path, at(SystemTime::now()));
         let start = Instant::now();
         let lease = terms.open();
         assert!(lease.try_lock().unwrap_err().is_held());
         let guard = lease.lock_for(LIVELY).unwrap();
-        assert!(start.elapsed() >= Duration::from_millis(terms.ttl), "{:?}", start.elapsed());
-        assert_eq!(guard.recovered().unwrap().owner().unwrap().host(), Some("elsewhere"));
+        assert!(
+            start.elapsed() >= Duration::from_millis(terms.ttl),
+            "{:?}",
+            start.elapsed()
+        );
+        assert_eq!(
+            guard.recovered().unwrap().owner().unwrap().host(),
+            Some("elsewhere")
+        );
         drop(guard);
 
         // A dead holder is taken over immediately.
-        write(&terms, forge(&left_by_the_dead(&terms), &[("acquired", &acquired)]));
+        write(
+            &terms,
+            forge(&left_by_the_dead(&terms), &[("acquired", &acquired)]),
+        );
         set_modified(&terms.path, at(SystemTime::now()));
         assert!(terms.open().try_lock().unwrap().recovered().is_some());
     }
@@ -57,11 +74,17 @@ fn acquire_ignores_times_in_record_and_of_file() {
 /// Returns the library of faketime(1), which shows a program a wall clock of its own.
 fn faketime() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
-    let program =
-        std::env::split_paths(&path).map(|directory| directory.join("faketime")).find(|path| path.is_file())?;
+    let program = std::env::split_paths(&path)
+        .map(|directory| directory.join("faketime"))
+        .find(|path| path.is_file())?;
     let lib = program.parent()?.parent()?.join("lib");
-    let directories = fs::read_dir(&lib).ok()?.filter_map(|entry| Some(entry.ok()?.path())).chain([lib]);
-    directories.map(|directory| directory.join("faketime/libfaketime.so.1")).find(|path| path.is_file())
+    let directories = fs::read_dir(&lib)
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .chain([lib]);
+    directories
+        .map(|directory| directory.join("faketime/libfaketime.so.1"))
+        .find(|path| path.is_file())
 }
 
 #[test]
@@ -84,8 +107,12 @@ fn wall_clock_step_by_an_hour_keeps_lease() {
     };
     let start = || {
         Actor::start_lease_with(&terms, |command| {
-            command.env("LD_PRELOAD", &library).env("FAKETIME_TIMESTAMP_FILE", &clock);
-            command.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+            command
+                .env("LD_PRELOAD", &library)
+                .env("FAKETIME_TIMESTAMP_FILE", &clock);
+            command
+                .env("FAKETIME_NO_CACHE", "1")
+                .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
         })
     };
     for step in ["+3600s", "-3600s"] {
@@ -105,13 +132,20 @@ fn wall_clock_step_by_an_hour_keeps_lease() {
         assert!(token(&waiter.answer()) > first);
         let acquired = line(&read(&terms), "acquired");
         let acquired: i64 = acquired.split('.').next().unwrap().parse().unwrap();
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs() as i64;
-        assert!((3500..3700).contains(&(acquired - now).abs()), "the clock of the holder was not stepped");
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap()
+            .as_secs() as i64;
+        assert!(
+            (3500..3700).contains(&(acquired - now).abs()),
+            "the clock of the holder was not stepped"
+        );
         waiter.kill();
         assert!(token_after(&holder.ask("try"), waiter.pid()) > first);
         holder.expect("release", "released");
         holder.kill();
-        // The library shares a file with the programs that the process starts. A killed process leaves it behind.
+        // The library shares a file with the programs that the process starts. A killed process
+        // leaves it behind.
         for pid in [holder.pid(), waiter.pid()] {
             let _ = fs::remove_file(format!("/dev/shm/faketime_shm_{pid}"));
             let _ = fs::remove_file(format!("/dev/shm/sem.faketime_sem_{pid}"));
@@ -123,7 +157,10 @@ fn wall_clock_step_by_an_hour_keeps_lease() {
 fn start_unshared(terms: &Terms, arguments: &[&str], first: &str) -> Option<Actor> {
     let command = |program: &[&str]| {
         let mut command = Command::new("unshare");
-        command.args(arguments).args(["sh", "-ec", &format!("{first}\nexec \"$@\""), "sh"]).args(program);
+        command
+            .args(arguments)
+            .args(["sh", "-ec", &format!("{first}\nexec \"$@\""), "sh"])
+            .args(program);
         command
     };
     if !succeeds(&mut command(&["true"])) {
@@ -137,8 +174,8 @@ fn start_unshared(terms: &Terms, arguments: &[&str], first: &str) -> Option<Acto
     }))
 }
 
-/// Starts an actor on another host, as far as this system can simulate one: another name and boot id, and a clock since
-/// the start of the system that is an hour ahead.
+/// Starts an actor on another host, as far as this system can simulate one: another name and boot
+/// id, and a clock since the start of the system that is an hour ahead.
 fn start_on_other_host(terms: &Terms) -> Option<Actor> {
     let boot = terms.path.with_file_name("boot_id");
     fs::write(&boot, "01234567-89ab-cdef-0123-456789abcdef\n").unwrap();
@@ -150,12 +187,28 @@ fn start_on_other_host(terms: &Terms) -> Option<Actor> {
         boot.display(),
         clock.display()
     );
-    start_unshared(terms, &["-m", "-u", "-T", "--boottime", "3600", "--monotonic", "3600"], &first)
+    start_unshared(
+        terms,
+        &[
+            "-m",
+            "-u",
+            "-T",
+            "--boottime",
+            "3600",
+            "--monotonic",
+            "3600",
+        ],
+        &first,
+    )
 }
 
 /// Starts an actor in another pid namespace, as in a container of its own.
 fn start_in_container(terms: &Terms) -> Option<Actor> {
-    start_unshared(terms, &["--pid", "--fork", "--kill-child", "--mount-proc"], "")
+    start_unshared(
+        terms,
+        &["--pid", "--fork", "--kill-child", "--mount-proc"],
+        "",
+    )
 }
 
 #[test]
@@ -168,17 +221,23 @@ fn takeover_between_hosts_with_skewed_clocks_waits_ttl() {
 
 #[test]
 fn takeover_between_containers_waits_ttl() {
-    check_takeover_waits_for_ttl(start_in_container, |record| assert_eq!(line(record, "pid"), "1"));
+    check_takeover_waits_for_ttl(start_in_container, |record| {
+        assert_eq!(line(record, "pid"), "1")
+    });
 }
 
-/// Tests two actors that cannot determine each other's liveness: an ordinary actor, and an actor from `start`, whose
-/// record `check_record` checks.
+/// Tests two actors that cannot determine each other's liveness: an ordinary actor, and an actor
+/// from `start`, whose record `check_record` checks.
 fn check_takeover_waits_for_ttl(start: fn(&Terms) -> Option<Actor>, check_record: fn(&[u8])) {
     for remote_holds in [true, false] {
         let (_directory, terms) = temp_lease();
         let Some(remote) = start(&terms) else { return };
         let here = Actor::start_lease(&terms);
-        let (mut holder, mut other) = if remote_holds { (remote, here) } else { (here, remote) };
+        let (mut holder, mut other) = if remote_holds {
+            (remote, here)
+        } else {
+            (here, remote)
+        };
         let first = acquire(&mut holder, "try");
         if remote_holds {
             check_record(&read(&terms));
@@ -196,7 +255,8 @@ fn check_takeover_waits_for_ttl(start: fn(&Terms) -> Option<Actor>, check_record
         let third = acquire(&mut holder, "lock");
         assert!(third > second);
         let died = line(&read(&terms), "pid").parse().unwrap();
-        // The death is not visible there. So the other actor waits until the TTL of the dead holder has passed.
+        // The death is not visible there. So the other actor waits until the TTL of the dead holder
+        // has passed.
         let asked = Instant::now();
         let left = remaining(&mut holder);
         holder.kill();

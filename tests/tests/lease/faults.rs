@@ -24,16 +24,29 @@ use crate::fixture::{inotify_watches, is_held, record_of_other_host, token, wait
 
 #[test]
 fn full_disk_leaves_no_partial_file_and_keeps_held_lease() {
-    let Some(disk) = SmallDisk::mount("size=64k") else { return };
+    let Some(disk) = SmallDisk::mount("size=64k") else {
+        return;
+    };
     let terms = terms_on(&disk);
     disk.fill();
     for _ in 0..2 {
         let error = terms.open().try_lock().unwrap_err();
-        assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::StorageFull);
-        assert_eq!(disk.path().read_dir().unwrap().count(), 1, "only the filler is there");
+        assert_eq!(
+            std::io::Error::from(error).kind(),
+            std::io::ErrorKind::StorageFull
+        );
+        assert_eq!(
+            disk.path().read_dir().unwrap().count(),
+            1,
+            "only the filler is there"
+        );
     }
     // The retries do not delay a waiter's deadline.
-    let lease = terms.builder().acquire_retry_limit(u32::MAX).build().unwrap();
+    let lease = terms
+        .builder()
+        .acquire_retry_limit(u32::MAX)
+        .build()
+        .unwrap();
     let error = lease.lock_for(Duration::from_millis(200)).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
     std::thread::scope(|scope| {
@@ -56,29 +69,54 @@ fn full_disk_leaves_no_partial_file_and_keeps_held_lease() {
 
 #[test]
 fn acquire_without_free_inode_reports_storage_full() {
-    let Some(disk) = SmallDisk::mount("size=64k,nr_inodes=1") else { return };
+    let Some(disk) = SmallDisk::mount("size=64k,nr_inodes=1") else {
+        return;
+    };
     let error = terms_on(&disk).open().try_lock().unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
-    assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::StorageFull);
+    assert!(
+        matches!(
+            error.kind(),
+            ErrorKind::Io {
+                action: "create",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(
+        std::io::Error::from(error).kind(),
+        std::io::ErrorKind::StorageFull
+    );
 }
 
-/// Runs `break_store`, after which a holder cannot renew; `repair` undoes it. The holder must keep its lease until its
-/// deadline. If the store is repaired before, the holder continues. Otherwise the holder loses the lease at its deadline,
-/// for a reason that contains `because`.
-fn check_kept_until_deadline(terms: &Terms, break_store: impl Fn(&Actor), repair: impl Fn(), because: &str) {
+/// Runs `break_store`, after which a holder cannot renew; `repair` undoes it. The holder must keep
+/// its lease until its deadline. If the store is repaired before, the holder continues. Otherwise
+/// the holder loses the lease at its deadline, for a reason that contains `because`.
+fn check_kept_until_deadline(
+    terms: &Terms,
+    break_store: impl Fn(&Actor),
+    repair: impl Fn(),
+    because: &str,
+) {
     for repairs in [true, false] {
-        let mut holder = Actor::start_lease(&Terms { ttl: if repairs { 10_000 } else { terms.ttl }, ..terms.clone() });
+        let mut holder = Actor::start_lease(&Terms {
+            ttl: if repairs { 10_000 } else { terms.ttl },
+            ..terms.clone()
+        });
         acquire(&mut holder, "try");
         break_store(&holder);
         let asked = Instant::now();
         let left = remaining(&mut holder);
         if repairs {
-            until("some renewals are missing", || asked.elapsed() > Duration::from_millis(5 * terms.heartbeat));
+            until("some renewals are missing", || {
+                asked.elapsed() > Duration::from_millis(5 * terms.heartbeat)
+            });
             holder.expect("is-held", "yes");
             repair();
             until("the TTL was extended", || {
                 let now = asked.elapsed();
-                // The gain must exceed that of a heartbeat that was in progress when the store broke.
+                // The gain must exceed that of a heartbeat that was in progress when the store
+                // broke.
                 now + remaining(&mut holder) > left + Duration::from_millis(3 * terms.heartbeat)
             });
             holder.expect("losses", "losses");
@@ -86,10 +124,18 @@ fn check_kept_until_deadline(terms: &Terms, break_store: impl Fn(&Actor), repair
         } else {
             holder.tell("wait-lost");
             let answer = holder.answer();
-            assert!(asked.elapsed() >= left, "{:?} of {left:?}: {answer}", asked.elapsed());
-            let answer = answer.strip_prefix("lost it could not be renewed in time: ").expect(&answer);
+            assert!(
+                asked.elapsed() >= left,
+                "{:?} of {left:?}: {answer}",
+                asked.elapsed()
+            );
+            let answer = answer
+                .strip_prefix("lost it could not be renewed in time: ")
+                .expect(&answer);
             assert!(answer.contains(because), "{answer}");
-            until("the loss is reported", || holder.ask("losses").matches(because).count() == 1);
+            until("the loss is reported", || {
+                holder.ask("losses").matches(because).count() == 1
+            });
             repair();
         }
     }
@@ -97,7 +143,9 @@ fn check_kept_until_deadline(terms: &Terms, break_store: impl Fn(&Actor), repair
 
 #[test]
 fn renew_deleted_record_on_full_disk_retries_until_deadline() {
-    let Some(disk) = SmallDisk::mount("size=64k") else { return };
+    let Some(disk) = SmallDisk::mount("size=64k") else {
+        return;
+    };
     let aside = disk.path().join("aside");
     check_kept_until_deadline(
         &terms_on(&disk),
@@ -116,14 +164,22 @@ fn renew_deleted_record_on_full_disk_retries_until_deadline() {
 
 #[test]
 fn renew_on_read_only_file_system_retries_until_deadline() {
-    let Some(disk) = SmallDisk::mount("size=64k") else { return };
+    let Some(disk) = SmallDisk::mount("size=64k") else {
+        return;
+    };
     check_kept_until_deadline(
         &terms_on(&disk),
         |_| {
             disk.remount("ro");
             let error = terms_on(&disk).open().try_lock().unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::Io { action: "open", .. }), "{error}");
-            assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+            assert!(
+                matches!(error.kind(), ErrorKind::Io { action: "open", .. }),
+                "{error}"
+            );
+            assert_eq!(
+                std::io::Error::from(error).kind(),
+                std::io::ErrorKind::ReadOnlyFilesystem
+            );
         },
         || disk.remount("rw"),
         "Read-only file system",
@@ -136,12 +192,19 @@ struct Fault(Strace);
 
 #[cfg(target_os = "linux")]
 impl Fault {
-    /// Injects each of these faults: the name of a system call, a colon, and its failure as strace(1) defines it.
+    /// Injects each of these faults: the name of a system call, a colon, and its failure as
+    /// strace(1) defines it.
     fn inject(actor: &Actor, faults: &[&str]) -> Self {
-        let calls: Vec<&str> = faults.iter().map(|fault| fault.split_once(':').unwrap().0).collect();
+        let calls: Vec<&str> = faults
+            .iter()
+            .map(|fault| fault.split_once(':').unwrap().0)
+            .collect();
         let trace = format!("-etrace={}", calls.join(","));
         let inject = faults.iter().map(|fault| format!("-einject={fault}"));
-        Self(Strace::attach(actor, &std::iter::once(trace).chain(inject).collect::<Vec<_>>()))
+        Self(Strace::attach(
+            actor,
+            &std::iter::once(trace).chain(inject).collect::<Vec<_>>(),
+        ))
     }
 }
 
@@ -169,7 +232,8 @@ fn renew_with_io_errors_retries_until_deadline() {
             scope.spawn(move || {
                 let (_directory, terms) = temp_lease();
                 let broken = std::cell::Cell::new(None);
-                let break_store = |holder: &Actor| broken.set(Some(Fault::inject(holder, &[fault])));
+                let break_store =
+                    |holder: &Actor| broken.set(Some(Fault::inject(holder, &[fault])));
                 check_kept_until_deadline(&terms, break_store, || drop(broken.take()), because);
             });
         }
@@ -219,7 +283,10 @@ fn lease_crash_at_any_step_does_not_block_next_holder() {
     for (case, prepare) in cases {
         for step in 1.. {
             let directory = tempfile::tempdir().unwrap();
-            let terms = Terms { heartbeat: 10, ..Terms::of(directory.path().join("a/b/lease")) };
+            let terms = Terms {
+                heartbeat: 10,
+                ..Terms::of(directory.path().join("a/b/lease"))
+            };
             let mut victim = Actor::start_lease(&terms);
             prepare(&mut victim, &terms);
             let renews = case.contains("renewal");
@@ -229,10 +296,18 @@ fn lease_crash_at_any_step_does_not_block_next_holder() {
             let answer = victim.ask(if renews { "wait-lost" } else { "try" });
             victim.kill();
             let mut next = Actor::start_lease(&terms);
-            // Where a record is created in place, an empty record of a dead process counts as held for some seconds.
-            let command = if cfg!(target_os = "linux") { "lock-for 5000" } else { "lock-for 20000" };
+            // Where a record is created in place, an empty record of a dead process counts as held
+            // for some seconds.
+            let command = if cfg!(target_os = "linux") {
+                "lock-for 5000"
+            } else {
+                "lock-for 20000"
+            };
             let answer_of_next = next.ask(command);
-            assert!(answer_of_next.starts_with("held "), "{case}, killed at step {step}: {answer_of_next}");
+            assert!(
+                answer_of_next.starts_with("held "),
+                "{case}, killed at step {step}: {answer_of_next}"
+            );
             next.expect("release", "released");
             acquire(&mut next, "try");
             assert_eq!(
@@ -264,21 +339,38 @@ fn create_race_without_linkat_has_one_winner() {
         contender.expect("release", "released");
     }
     // Some contenders are slower than others between the creation and the lock of the file.
-    let faults = contenders
-        .iter()
-        .zip(0..)
-        .map(|(actor, at)| Fault::inject(actor, &["linkat:error=EPERM", &format!("flock:delay_enter={}", 500 * at)]));
+    let faults = contenders.iter().zip(0..).map(|(actor, at)| {
+        Fault::inject(
+            actor,
+            &[
+                "linkat:error=EPERM",
+                &format!("flock:delay_enter={}", 500 * at),
+            ],
+        )
+    });
     let _faults: Vec<Fault> = faults.collect();
     for round in 0..200 {
         fs::remove_file(&terms.path).unwrap();
-        contenders.iter_mut().for_each(|contender| contender.tell("try"));
+        contenders
+            .iter_mut()
+            .for_each(|contender| contender.tell("try"));
         let answers: Vec<String> = contenders.iter_mut().map(Actor::answer).collect();
-        let winners: Vec<usize> = (0..contenders.len()).filter(|at| answers[*at].starts_with("held ")).collect();
+        let winners: Vec<usize> = (0..contenders.len())
+            .filter(|at| answers[*at].starts_with("held "))
+            .collect();
         assert_eq!(winners.len(), 1, "round {round}: {answers:?}");
-        assert_eq!(answers.iter().filter(|answer| is_held(answer)).count(), 5, "round {round}: {answers:?}");
+        assert_eq!(
+            answers.iter().filter(|answer| is_held(answer)).count(),
+            5,
+            "round {round}: {answers:?}"
+        );
         contenders[winners[0]].expect("release", "released");
     }
-    assert_eq!(directory.path().read_dir().unwrap().count(), 1, "only the record is left");
+    assert_eq!(
+        directory.path().read_dir().unwrap().count(),
+        1,
+        "only the record is left"
+    );
 }
 
 #[cfg(target_os = "linux")]
@@ -293,10 +385,16 @@ fn failed_record_write_without_tmpfile_leaves_no_file() {
     acquire(&mut actor, "try");
     actor.expect("release", "released");
     fs::remove_file(&terms.path).unwrap();
-    let fault = Fault::inject(&actor, &["linkat:error=EPERM", "pwrite64:error=ENOSPC:when=2+2"]);
+    let fault = Fault::inject(
+        &actor,
+        &["linkat:error=EPERM", "pwrite64:error=ENOSPC:when=2+2"],
+    );
     for command in ["try", "lock"] {
         let answer = actor.ask(command);
-        assert!(answer.starts_with("error Io: cannot write") && answer.contains("No space left"), "{answer}");
+        assert!(
+            answer.starts_with("error Io: cannot write") && answer.contains("No space left"),
+            "{answer}"
+        );
         assert_eq!(directory.path().read_dir().unwrap().count(), 0);
     }
     drop(fault);
@@ -313,9 +411,19 @@ fn acquire_without_heartbeat_thread_fails_and_holds_nothing() {
     limited.expect("limit-threads 1", "limited");
     for command in ["try", "lock", "lock-for 1000"] {
         let answer = limited.ask(command);
-        let said = format!("error Io: cannot start the heartbeat thread for {}", terms.path.display());
-        assert!(answer.starts_with(&said) && answer.contains("Resource temporarily unavailable"), "{answer}");
-        assert_eq!(directory.path().read_dir().unwrap().count(), 0, "the store received no request");
+        let said = format!(
+            "error Io: cannot start the heartbeat thread for {}",
+            terms.path.display()
+        );
+        assert!(
+            answer.starts_with(&said) && answer.contains("Resource temporarily unavailable"),
+            "{answer}"
+        );
+        assert_eq!(
+            directory.path().read_dir().unwrap().count(),
+            0,
+            "the store received no request"
+        );
     }
     limited.expect("limit-threads all", "limited");
     acquire(&mut limited, "try");
@@ -346,14 +454,26 @@ fn on_lost_without_own_thread_is_called_once_by_heartbeat() {
 
 /// The system calls on files that an acquisition and a status query make.
 #[cfg(target_os = "linux")]
-const FILE_CALLS: [&str; 8] = ["openat", "statx", "newfstatat", "fstat", "pread64", "pwrite64", "flock", "close"];
+const FILE_CALLS: [&str; 8] = [
+    "openat",
+    "statx",
+    "newfstatat",
+    "fstat",
+    "pread64",
+    "pwrite64",
+    "flock",
+    "close",
+];
 
-/// Stops a process at each system call of `command` in turn, while another process holds the lease. Returns the number
-/// of system calls.
+/// Stops a process at each system call of `command` in turn, while another process holds the lease.
+/// Returns the number of system calls.
 #[cfg(target_os = "linux")]
 fn stop_at_every_call_of(command: &str) -> usize {
     // strace counts each call by itself.
-    FILE_CALLS.iter().map(|call| stop_at_each(call, command)).sum()
+    FILE_CALLS
+        .iter()
+        .map(|call| stop_at_each(call, command))
+        .sum()
 }
 
 #[cfg(target_os = "linux")]
@@ -371,18 +491,25 @@ fn stop_at_each(call: &str, command: &str) -> usize {
         if at % 2 == 0 {
             assert!(is_held(&victim.ask("try")));
         }
-        let stop = [format!("trace={call},ppoll"), format!("inject={call}:signal=STOP:when={at}")];
+        let stop = [
+            format!("trace={call},ppoll"),
+            format!("inject={call}:signal=STOP:when={at}"),
+        ];
         let mut strace = Strace::attach(&victim, &stop.map(|option| format!("-e{option}")));
         victim.tell(command);
         let mut is_over = false;
-        until("the reader is stopped, or answers, or waits without such a call", || {
-            let calls = strace.so_far();
-            if calls.contains("stopped by SIGSTOP") {
-                return true;
-            }
-            is_over = victim.answered().is_some() || calls.matches("ppoll(").count() > MAX_SLEEPS;
-            is_over
-        });
+        until(
+            "the reader is stopped, or answers, or waits without such a call",
+            || {
+                let calls = strace.so_far();
+                if calls.contains("stopped by SIGSTOP") {
+                    return true;
+                }
+                is_over =
+                    victim.answered().is_some() || calls.matches("ppoll(").count() > MAX_SLEEPS;
+                is_over
+            },
+        );
         strace.end();
         if is_over {
             return at - 1;
@@ -408,7 +535,8 @@ fn a9_reader_stopped_at_any_call_keeps_lease() {
         return;
     }
     let stops: usize = std::thread::scope(|scope| {
-        let stopped = ["try", "status", "lock"].map(|command| scope.spawn(move || stop_at_every_call_of(command)));
+        let stopped = ["try", "status", "lock"]
+            .map(|command| scope.spawn(move || stop_at_every_call_of(command)));
         stopped.into_iter().map(|stops| stops.join().unwrap()).sum()
     });
     assert!(stops > 10, "only {stops} calls were stopped");
@@ -427,10 +555,16 @@ fn a9_read_of_held_lease_takes_no_flock() {
     let mut strace = Strace::attach(&reader, &[]);
     for command in ["try", "status", "lock-for 300", "try"] {
         let answer = reader.ask(command);
-        assert!(answer.starts_with("held ") || answer.starts_with("error "), "{answer}");
+        assert!(
+            answer.starts_with("held ") || answer.starts_with("error "),
+            "{answer}"
+        );
     }
     let calls = strace.end();
-    assert!(calls.contains("pread64("), "the reader has read the record: {calls}");
+    assert!(
+        calls.contains("pread64("),
+        "the reader has read the record: {calls}"
+    );
     assert!(!calls.contains("flock("), "{calls}");
 }
 

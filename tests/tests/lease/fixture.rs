@@ -1,4 +1,5 @@
-//! What the cases share: a lease in a directory of its own, and the answers of the processes that use it.
+//! What the cases share: a lease in a directory of its own, and the answers of the processes that
+//! use it.
 
 use std::fs;
 use std::fs::File;
@@ -45,10 +46,16 @@ pub(crate) fn replace(terms: &Terms, bytes: impl AsRef<[u8]>) {
 }
 
 pub(crate) fn set_modified(path: &Path, modified: SystemTime) {
-    File::options().write(true).open(path).unwrap().set_modified(modified).unwrap();
+    File::options()
+        .write(true)
+        .open(path)
+        .unwrap()
+        .set_modified(modified)
+        .unwrap();
 }
 
-/// Returns a held record of a holder on another host. This host can determine only that the holder is silent.
+/// Returns a held record of a holder on another host. This host can determine only that the holder
+/// is silent.
 pub(crate) fn record_of_other_host(terms: &Terms) -> Vec<u8> {
     let (_directory, mut other) = temp_lease();
     other.ttl = terms.ttl;
@@ -56,7 +63,8 @@ pub(crate) fn record_of_other_host(terms: &Terms) -> Vec<u8> {
     forge(&record, &[("host", "elsewhere"), ("boot", &"7".repeat(32))])
 }
 
-/// Sends the command, and returns the token of the answer `held TOKEN`, which must have nothing after it.
+/// Sends the command, and returns the token of the answer `held TOKEN`, which must have nothing
+/// after it.
 pub(crate) fn acquire(actor: &mut Actor, command: &str) -> u64 {
     token(&actor.ask(command))
 }
@@ -68,20 +76,30 @@ pub(crate) fn token(answer: &str) -> u64 {
 
 /// As [`token`], for an answer that reports the death of an owner.
 pub(crate) fn token_after(answer: &str, died: u32) -> u64 {
-    token(answer.strip_suffix(&format!(" recovered {died}")).expect(answer))
+    token(
+        answer
+            .strip_suffix(&format!(" recovered {died}"))
+            .expect(answer),
+    )
 }
 
 /// Returns how long the lease of `actor` lasts without a renewal.
 pub(crate) fn remaining(actor: &mut Actor) -> Duration {
     let left = actor.ask("remaining");
-    Duration::from_micros(left.strip_prefix("remaining ").expect(&left).parse().unwrap())
+    Duration::from_micros(
+        left.strip_prefix("remaining ")
+            .expect(&left)
+            .parse()
+            .unwrap(),
+    )
 }
 
 pub(crate) fn is_held(answer: &str) -> bool {
     answer.starts_with("error Held")
 }
 
-/// Returns the heartbeat number in the record, and 0 without a valid one, as while the record is damaged.
+/// Returns the heartbeat number in the record, and 0 without a valid one, as while the record is
+/// damaged.
 pub(crate) fn heartbeat_number(terms: &Terms) -> u64 {
     let record = fs::read(&terms.path).unwrap_or_default();
     if record.len() < 1024 || !record.starts_with(b"lockkit lease 1\n") {
@@ -95,7 +113,8 @@ pub(crate) fn wait_for_heartbeats(terms: &Terms) {
     until("the holder renews", || heartbeat_number(terms) > before + 1);
 }
 
-/// Stops a holder, but not in the middle of a step, because that would block the steps of other processes for as long.
+/// Stops a holder, but not in the middle of a step, because that would block the steps of other
+/// processes for as long.
 #[cfg(target_os = "linux")]
 pub(crate) fn stop(actor: &Actor, terms: &Terms) {
     until("the holder is stopped between two steps", || {
@@ -110,7 +129,13 @@ pub(crate) fn stop(actor: &Actor, terms: &Terms) {
 }
 
 /// Contents of blank and damaged leases.
-pub(crate) const DAMAGED: [&str; 5] = ["", "lockkit lease 1\n", "lockkit lease 1\nsum     8c1b", "lock", "\0\0\0\0"];
+pub(crate) const DAMAGED: [&str; 5] = [
+    "",
+    "lockkit lease 1\n",
+    "lockkit lease 1\nsum     8c1b",
+    "lock",
+    "\0\0\0\0",
+];
 
 /// Returns the options of a lease on this file system.
 pub(crate) fn terms_on(disk: &SmallDisk) -> Terms {
@@ -121,6 +146,13 @@ pub(crate) fn terms_on(disk: &SmallDisk) -> Terms {
 #[cfg(target_os = "linux")]
 pub(crate) fn inotify_watches(pid: u32) -> usize {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
-    let about = descriptors.filter_map(|descriptor| fs::read_to_string(descriptor.ok()?.path()).ok());
-    about.map(|text| text.lines().filter(|line| line.starts_with("inotify ")).count()).sum()
+    let about =
+        descriptors.filter_map(|descriptor| fs::read_to_string(descriptor.ok()?.path()).ok());
+    about
+        .map(|text| {
+            text.lines()
+                .filter(|line| line.starts_with("inotify "))
+                .count()
+        })
+        .sum()
 }

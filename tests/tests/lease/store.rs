@@ -5,8 +5,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use lockkit::lease::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal, StoreError,
-    StoreProfile,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released,
+    Renewal, StoreError, StoreProfile,
 };
 use lockkit::{CancelToken, ErrorKind, Lease, LeaseStatus, Wait};
 use lockkit_tests::until;
@@ -75,7 +75,11 @@ impl LeaseStore for MemoryStore {
     fn renew(&self, grant: &Grant, _: Deadline) -> Result<Renewal, StoreError> {
         self.log_step("renewal requested");
         let is_blocked = self.is_blocked.lock().unwrap();
-        drop(self.unblocked.wait_while(is_blocked, |is_blocked| *is_blocked).unwrap());
+        drop(
+            self.unblocked
+                .wait_while(is_blocked, |is_blocked| *is_blocked)
+                .unwrap(),
+        );
         self.works()?;
         self.log_step("renewed");
         // This is how a careless store behaves: a renewal restores a released claim.
@@ -86,7 +90,13 @@ impl LeaseStore for MemoryStore {
     fn release(&self, grant: &Grant, _: Deadline) -> Result<Released, StoreError> {
         self.works()?;
         self.log_step("released");
-        match self.record.lock().unwrap().1.take_if(|claim| claim == grant.claim()) {
+        match self
+            .record
+            .lock()
+            .unwrap()
+            .1
+            .take_if(|claim| claim == grant.claim())
+        {
             Some(_) => Ok(Released::Done),
             None => Ok(Released::NotMine),
         }
@@ -95,7 +105,11 @@ impl LeaseStore for MemoryStore {
     fn get(&self, _: &LeaseName, _: Deadline) -> Result<Option<LeaseSnapshot>, StoreError> {
         self.works()?;
         let (token, holder) = &*self.record.lock().unwrap();
-        Ok(holder.map(|claim| LeaseSnapshot::new(*token).with_claim(claim).with_token(*token)))
+        Ok(holder.map(|claim| {
+            LeaseSnapshot::new(*token)
+                .with_claim(claim)
+                .with_token(*token)
+        }))
     }
 
     fn evict(&self, _: &LeaseName, _: &LeaseSnapshot, _: Deadline) -> Result<Released, StoreError> {
@@ -107,11 +121,16 @@ impl LeaseStore for MemoryStore {
 fn drop_during_renewal_releases_after_it() {
     for unblocks_first in [true, false] {
         let store = Arc::new(MemoryStore::default());
-        let lease = Lease::with_store(store.clone(), "key").heartbeat(Duration::from_millis(20)).build().unwrap();
+        let lease = Lease::with_store(store.clone(), "key")
+            .heartbeat(Duration::from_millis(20))
+            .build()
+            .unwrap();
         let guard = lease.lock().unwrap();
         store.block_renewals(true);
         store.log.lock().unwrap().clear();
-        until("the store receives a renewal", || store.has_logged("renewal requested"));
+        until("the store receives a renewal", || {
+            store.has_logged("renewal requested")
+        });
         if unblocks_first {
             let dropper = std::thread::spawn(move || drop(guard));
             store.block_renewals(false);
@@ -121,7 +140,9 @@ fn drop_during_renewal_releases_after_it() {
             drop(guard);
             assert!(!store.has_logged("released"));
             store.block_renewals(false);
-            until("the store has released the lease", || store.has_logged("released"));
+            until("the store has released the lease", || {
+                store.has_logged("released")
+            });
         }
         assert_eq!(store.log.lock().unwrap().last(), Some(&"released"));
         assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
@@ -132,11 +153,17 @@ fn drop_during_renewal_releases_after_it() {
 #[test]
 fn broken_store_is_retried_and_lease_survives() {
     let store = Arc::new(MemoryStore::default());
-    let builder = || Lease::with_store(store.clone(), "key").acquire_retry_delay(Duration::from_millis(5));
+    let builder =
+        || Lease::with_store(store.clone(), "key").acquire_retry_delay(Duration::from_millis(5));
     for limit in [0, 1, 7] {
         store.is_broken.store(true, Ordering::Relaxed);
         store.attempts.store(0, Ordering::Relaxed);
-        let error = builder().acquire_retry_limit(limit).build().unwrap().lock().unwrap_err();
+        let error = builder()
+            .acquire_retry_limit(limit)
+            .build()
+            .unwrap()
+            .lock()
+            .unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error}");
         assert_eq!(store.attempts.load(Ordering::Relaxed), limit as usize + 1);
     }
@@ -145,16 +172,25 @@ fn broken_store_is_retried_and_lease_survives() {
         let lease = builder().acquire_retry_limit(u32::MAX).build().unwrap();
         let wait = Wait::forever().or_cancelled(&stop);
         let waiter = scope.spawn(move || lease.acquire(&wait));
-        until("the store has received many requests", || store.attempts.load(Ordering::Relaxed) > 20);
+        until("the store has received many requests", || {
+            store.attempts.load(Ordering::Relaxed) > 20
+        });
         stop.cancel();
         assert!(waiter.join().unwrap().unwrap_err().is_cancelled());
     });
     store.is_broken.store(false, Ordering::Relaxed);
-    let guard = builder().ttl(Duration::from_secs(10)).heartbeat(Duration::from_millis(20)).build().unwrap().lock();
+    let guard = builder()
+        .ttl(Duration::from_secs(10))
+        .heartbeat(Duration::from_millis(20))
+        .build()
+        .unwrap()
+        .lock();
     let guard = guard.unwrap();
     store.is_broken.store(true, Ordering::Relaxed);
     store.log.lock().unwrap().clear();
-    until("the store has received many renewals", || store.log.lock().unwrap().len() > 10);
+    until("the store has received many renewals", || {
+        store.log.lock().unwrap().len() > 10
+    });
     assert!(guard.is_held() && !store.has_logged("renewed"));
     store.is_broken.store(false, Ordering::Relaxed);
     until("the lease is renewed", || store.has_logged("renewed"));
@@ -176,10 +212,22 @@ fn c5_build_with_heartbeat_below_1_ms_refused() {
             in_store().acquire_retry_delay(short),
         ] {
             let error = builder.build().unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::InvalidOption { .. }), "{error}");
-            assert!(error.to_string().contains("1ms"), "the error states the minimum: {error}");
+            assert!(
+                matches!(error.kind(), ErrorKind::InvalidOption { .. }),
+                "{error}"
+            );
+            assert!(
+                error.to_string().contains("1ms"),
+                "the error states the minimum: {error}"
+            );
         }
     }
     let shortest = Duration::from_millis(1);
-    assert!(on_file().heartbeat(shortest).acquire_retry_delay(shortest).build().is_ok());
+    assert!(
+        on_file()
+            .heartbeat(shortest)
+            .acquire_retry_delay(shortest)
+            .build()
+            .is_ok()
+    );
 }

@@ -13,8 +13,8 @@ use lockkit_tests::{Actor, LIVELY, leases, until};
 use rustix::process::Signal;
 
 use crate::fixture::{
-    OLD_AGE, acquire, is_held, read, record_of_other_host, replace, set_modified, temp_lease, token_after,
-    wait_for_heartbeats, write,
+    OLD_AGE, acquire, is_held, read, record_of_other_host, replace, set_modified, temp_lease,
+    token_after, wait_for_heartbeats, write,
 };
 #[cfg(target_os = "linux")]
 use crate::fixture::{stop, token};
@@ -42,7 +42,10 @@ fn lease_record_of_earlier_boot_taken_over_at_once() {
         return;
     }
     let (_directory, terms) = temp_lease();
-    let record = forge(&left_by_the_dead(&terms), &[("boot", &"7".repeat(32)), ("pid", "1"), ("start", "1")]);
+    let record = forge(
+        &left_by_the_dead(&terms),
+        &[("boot", &"7".repeat(32)), ("pid", "1"), ("start", "1")],
+    );
     write(&terms, &record);
     let before = line(&record, "token").parse::<u64>().unwrap();
     let guard = terms.open().try_lock().unwrap();
@@ -62,7 +65,11 @@ fn takeover_is_reported_once_within_two_seconds() {
     let start = Instant::now();
     let by = line(&foreign, "pid");
     assert_eq!(holder.answer(), format!("lost taken over by {by}"));
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        start.elapsed()
+    );
     holder.expect("is-held", &format!("no: taken over by {by}"));
     holder.expect("remaining", "remaining 0");
     let one_loss = format!("losses (taken over by {by} on lockkit-lost)");
@@ -82,10 +89,15 @@ fn holder_stopped_longer_than_ttl_finds_lease_lost_at_once() {
         stop(&holder, &terms);
         if taken_over {
             let new = token_after(&next.ask("lock"), holder.pid());
-            assert!(new > old, "a resource that compares tokens refuses a late write");
+            assert!(
+                new > old,
+                "a resource that compares tokens refuses a late write"
+            );
         } else {
             let start = Instant::now();
-            until("the TTL has passed", || start.elapsed() > Duration::from_millis(terms.ttl));
+            until("the TTL has passed", || {
+                start.elapsed() > Duration::from_millis(terms.ttl)
+            });
         }
         // The question arrives before the holder runs again.
         holder.tell("is-held");
@@ -95,13 +107,18 @@ fn holder_stopped_longer_than_ttl_finds_lease_lost_at_once() {
         // If the heartbeat comes first, the reason may name the new holder.
         assert!(answer.starts_with("no: "), "{answer}");
         let first = holder.answer();
-        until("the loss is reported", || holder.ask("losses") == "losses (expired on lockkit-lost)");
-        assert!(["losses", "losses (expired on lockkit-lost)"].contains(&&*first), "{first}");
+        until("the loss is reported", || {
+            holder.ask("losses") == "losses (expired on lockkit-lost)"
+        });
+        assert!(
+            ["losses", "losses (expired on lockkit-lost)"].contains(&&*first),
+            "{first}"
+        );
         assert!(holder.ask("release").starts_with("error LeaseLost"));
         match taken_over {
             true => next.expect("is-held", "yes"),
-            // The loser lives. So the next process observes the silent record for a TTL first, unless the loser has
-            // released it.
+            // The loser lives. So the next process observes the silent record for a TTL first,
+            // unless the loser has released it.
             false => assert!(next.ask("lock").starts_with("held ")),
         }
         next.expect("release", "released");
@@ -132,7 +149,8 @@ fn holder_stopped_shorter_than_ttl_keeps_lease() {
 fn stopped_holder_never_overlaps_next_holder() {
     let (_directory, mut terms) = temp_lease();
     (terms.ttl, terms.heartbeat) = (100, 25);
-    let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
+    let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS")
+        .map_or(10, |text| text.parse().expect("whole seconds"));
     let tally = leases::run(&terms, Duration::from_secs(seconds));
     println!("{tally:?}");
     // Under Wine the start of a process takes so long that all counts are lower.
@@ -158,7 +176,14 @@ fn lease_file_deleted_goes_to_waiter_with_greater_token() {
     holder.signal(Signal::CONT);
     let answer = holder.ask("wait-lost");
     // On a slow machine the stop may last longer than its TTL.
-    assert!([format!("lost taken over by {}", waiter.pid()), "lost expired".into()].contains(&answer), "{answer}");
+    assert!(
+        [
+            format!("lost taken over by {}", waiter.pid()),
+            "lost expired".into()
+        ]
+        .contains(&answer),
+        "{answer}"
+    );
     waiter.expect("is-held", "yes");
     waiter.expect("release", "released");
     assert!(acquire(&mut holder, "lock") > second);
@@ -186,10 +211,19 @@ fn waiter_of_replaced_record_waits_for_new_holder() {
 fn takeover_waits_for_ttl_in_record_not_own_ttl() {
     let (_directory, terms) = temp_lease();
     write(&terms, record_of_other_host(&terms));
-    let short = Terms { ttl: 60, heartbeat: 20, ..terms.clone() }.open();
+    let short = Terms {
+        ttl: 60,
+        heartbeat: 20,
+        ..terms.clone()
+    }
+    .open();
     let start = Instant::now();
     drop(short.lock_for(LIVELY).unwrap());
-    assert!(start.elapsed() >= Duration::from_millis(terms.ttl), "{:?}", start.elapsed());
+    assert!(
+        start.elapsed() >= Duration::from_millis(terms.ttl),
+        "{:?}",
+        start.elapsed()
+    );
 }
 
 #[test]
@@ -213,7 +247,11 @@ fn try_once_processes_take_over_silent_holder_after_ttl() {
         }
         acquires
     });
-    assert!(start.elapsed() >= Duration::from_millis(terms.ttl) && refused > 1, "{:?}", start.elapsed());
+    assert!(
+        start.elapsed() >= Duration::from_millis(terms.ttl) && refused > 1,
+        "{:?}",
+        start.elapsed()
+    );
 }
 
 #[test]
@@ -222,27 +260,46 @@ fn evict_removes_only_holder_of_snapshot() {
     let lease = terms.open();
     let mut holder = Actor::start_lease(&terms);
     let first = acquire(&mut holder, "try");
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
-    assert_eq!((seen.token(), seen.owner().unwrap().pid()), (Some(first), holder.pid()));
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else {
+        panic!("the lease is held")
+    };
+    assert_eq!(
+        (seen.token(), seen.owner().unwrap().pid()),
+        (Some(first), holder.pid())
+    );
     holder.expect("release", "released");
     assert!(!lease.evict(&seen).unwrap(), "the lease is free");
     acquire(&mut holder, "try");
-    assert!(!lease.evict(&seen).unwrap(), "another acquisition holds the lease");
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
+    assert!(
+        !lease.evict(&seen).unwrap(),
+        "another acquisition holds the lease"
+    );
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else {
+        panic!("the lease is held")
+    };
     wait_for_heartbeats(&terms);
-    assert!(lease.evict(&seen).unwrap(), "a renewal does not change the holder");
+    assert!(
+        lease.evict(&seen).unwrap(),
+        "a renewal does not change the holder"
+    );
     let answer = holder.ask("wait-lost");
     assert_eq!(answer, "lost taken over");
     holder.expect("is-held", "no: taken over");
-    until("the loss is reported", || holder.ask("losses") == "losses (taken over on lockkit-lost)");
+    until("the loss is reported", || {
+        holder.ask("losses") == "losses (taken over on lockkit-lost)"
+    });
     assert!(lease.try_lock().unwrap().token() > first);
     // An eviction frees a damaged lease without a wait.
     write(&terms, "lock");
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("a damaged lease counts as held") };
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else {
+        panic!("a damaged lease counts as held")
+    };
     assert!(lease.try_lock().unwrap_err().is_held());
     write(&terms, "lockkit");
     assert!(!lease.evict(&seen).unwrap());
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("a damaged lease counts as held") };
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else {
+        panic!("a damaged lease counts as held")
+    };
     assert!(lease.evict(&seen).unwrap());
     assert!(lease.try_lock().unwrap().token() > first);
 }
@@ -259,7 +316,9 @@ fn panic_in_on_lost_does_not_stop_heartbeat() {
         wait_for_heartbeats(&terms);
         write(&terms, record_of_other_host(&terms));
         assert!(holder.ask("wait-lost").starts_with("lost taken over"));
-        until("the loss is reported", || holder.ask("losses").matches("on lockkit-lost").count() == loss);
+        until("the loss is reported", || {
+            holder.ask("losses").matches("on lockkit-lost").count() == loss
+        });
     }
     assert!(holder.ask("lock").starts_with("held "));
     wait_for_heartbeats(&terms);
@@ -268,7 +327,9 @@ fn panic_in_on_lost_does_not_stop_heartbeat() {
 
 #[test]
 fn lease_lost_without_progress_and_kept_with_progress() {
-    if wine_cannot_judge("each step of a lease takes milliseconds there, so that a waiter may delay a renewal") {
+    if wine_cannot_judge(
+        "each step of a lease takes milliseconds there, so that a waiter may delay a renewal",
+    ) {
         return;
     }
     let (_directory, mut terms) = temp_lease();
@@ -287,5 +348,7 @@ fn lease_lost_without_progress_and_kept_with_progress() {
     assert!(token_after(&next.answer(), worker.pid()) > first);
     worker.expect("progress", "noted");
     worker.expect("is-held", "no: expired");
-    until("the loss is reported", || worker.ask("losses") == "losses (expired on lockkit-lost)");
+    until("the loss is reported", || {
+        worker.ask("losses") == "losses (expired on lockkit-lost)"
+    });
 }

@@ -23,8 +23,13 @@ fn new_pidfile_with_relative_path_is_refused() {
             PidFile::inspect(path).unwrap_err(),
             PidFile::remove_stale(path).unwrap_err(),
         ] {
-            assert!(matches!(error.kind(), ErrorKind::RelativePath { path: named } if named == Path::new(path)));
-            assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::InvalidInput);
+            assert!(
+                matches!(error.kind(), ErrorKind::RelativePath { path: named } if named == Path::new(path))
+            );
+            assert_eq!(
+                std::io::Error::from(error).kind(),
+                std::io::ErrorKind::InvalidInput
+            );
         }
     }
 }
@@ -34,10 +39,21 @@ fn held_pidfile_names_holder_and_release_removes_it() {
     let (directory, path) = fresh_path();
     let guard = lock(&path).try_lock().unwrap();
     assert_eq!(first_line(&path), my_pid());
-    let PidStatus::Running(owner) = PidFile::inspect(&path).unwrap() else { panic!("it runs") };
+    let PidStatus::Running(owner) = PidFile::inspect(&path).unwrap() else {
+        panic!("it runs")
+    };
     assert_eq!(owner.pid(), std::process::id());
-    assert!(owner.program().is_some_and(|program| program.starts_with("pidfile")), "{owner:?}");
-    assert!(owner.acquired().is_some_and(|acquired| acquired.elapsed().unwrap() < Duration::from_secs(60)));
+    assert!(
+        owner
+            .program()
+            .is_some_and(|program| program.starts_with("pidfile")),
+        "{owner:?}"
+    );
+    assert!(
+        owner
+            .acquired()
+            .is_some_and(|acquired| acquired.elapsed().unwrap() < Duration::from_secs(60))
+    );
     guard.verify().unwrap();
     guard.release().unwrap();
     assert_eq!(PidFile::inspect(&path).unwrap(), PidStatus::Absent);
@@ -53,19 +69,25 @@ fn try_lock_of_held_pidfile_names_holder_and_time() {
     assert!(error.is_held());
     assert_eq!(error.owner().unwrap().pid(), holder.pid());
     let message = error.to_string();
-    let expected =
-        format!("the pidfile {} is held by pid {} (actor{EXE_SUFFIX}), since ", path.display(), holder.pid());
+    let expected = format!(
+        "the pidfile {} is held by pid {} (actor{EXE_SUFFIX}), since ",
+        path.display(),
+        holder.pid()
+    );
     assert!(message.starts_with(&expected), "{message}");
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn acquire_pidfile_that_names_own_process_succeeds() {
-    // A supervisor writes the file for the program that it starts, or the program itself writes it before an exec.
+    // A supervisor writes the file for the program that it starts, or the program itself writes it
+    // before an exec.
     let (_directory, path) = fresh_path();
     let script = format!("echo $$ > {} && exec \"$0\" \"$1\"", path.display());
     let mut actor = start_through(&spec(&path), "sh", &["-c", &script]);
-    until("the file is written", || fs::read_to_string(&path).is_ok_and(|text| text.trim() == actor.pid().to_string()));
+    until("the file is written", || {
+        fs::read_to_string(&path).is_ok_and(|text| text.trim() == actor.pid().to_string())
+    });
     assert!(lock(&path).try_lock().unwrap_err().is_held());
     actor.expect("try", "held");
     assert!(actor.ask("try").starts_with("error Held"));
@@ -98,13 +120,19 @@ fn replaced_pidfile_reports_rogue_deletion_and_is_kept() {
             let mut guard = lock(&path).try_lock().unwrap();
             change();
             for error in [guard.verify().unwrap_err(), guard.rewrite().unwrap_err()] {
-                assert!(matches!(error.kind(), ErrorKind::RogueDeletion { path: named } if *named == path), "{error}");
+                assert!(
+                    matches!(error.kind(), ErrorKind::RogueDeletion { path: named } if *named == path),
+                    "{error}"
+                );
             }
             match drops {
                 true => drop(guard),
                 false => {
                     let error = guard.release().unwrap_err();
-                    assert!(matches!(error.kind(), ErrorKind::RogueDeletion { .. }), "{error}");
+                    assert!(
+                        matches!(error.kind(), ErrorKind::RogueDeletion { .. }),
+                        "{error}"
+                    );
                 }
             }
             assert_eq!(fs::read_to_string(&path).ok().as_deref(), left);
@@ -134,9 +162,17 @@ fn acquire_pidfile_creates_directories_only_on_request() {
     let (directory, _) = fresh_path();
     let path = directory.path().join("a/b/app.pid");
     let error = lock(&path).try_lock().unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Io { action: "create", path: named, .. } if *named == path), "{error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::Io { action: "create", path: named, .. } if *named == path),
+        "{error}"
+    );
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
-    lock(&path).create_parents().try_lock().unwrap().verify().unwrap();
+    lock(&path)
+        .create_parents()
+        .try_lock()
+        .unwrap()
+        .verify()
+        .unwrap();
     assert!(path.parent().unwrap().is_dir() && !path.exists());
 }
 
@@ -202,7 +238,8 @@ fn inspect_during_changes_sees_no_partial_record() {
         for _ in 0..5000 {
             let guard = lock(&path).try_lock().unwrap();
             guard.release().unwrap();
-            // The file is written under another name first, because a file that is written in place may be seen empty.
+            // The file is written under another name first, because a file that is written in place
+            // may be seen empty.
             let ready = path.with_extension("new");
             write(&ready, format!("{DEAD}\n"));
             fs::rename(&ready, &path).unwrap();
@@ -218,7 +255,11 @@ fn check_daemon(order: &str) {
     let (_directory, path) = fresh_path();
     let mut daemon = Actor::start_with(&spec(&path), |command| {
         *command = Command::new(program("daemon"));
-        command.arg(&path).arg(order).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .arg(&path)
+            .arg(order)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
     });
     assert_eq!(daemon.answer(), "held");
     let parent = daemon.pid().to_string();
@@ -233,13 +274,27 @@ fn check_daemon(order: &str) {
     assert!(lock(&path).try_lock().unwrap_err().is_held());
     daemon.expect("rewrite", "rewritten");
     assert_eq!(first_line(&path), child);
-    assert_eq!(lock(&path).try_lock().unwrap_err().owner().unwrap().pid().to_string(), child);
+    assert_eq!(
+        lock(&path)
+            .try_lock()
+            .unwrap_err()
+            .owner()
+            .unwrap()
+            .pid()
+            .to_string(),
+        child
+    );
     waits.expect_silence();
     polls.expect_silence();
-    // The proof is not the record alone: the parent's end has not unlocked the file either, unless the child had closed
-    // it.
+    // The proof is not the record alone: the parent's end has not unlocked the file either, unless
+    // the child had closed it.
     if let Some(flock) = installed("flock").filter(|_| order != "closes") {
-        let free = Command::new(flock).arg("--nonblock").arg(&path).arg("true").status().unwrap();
+        let free = Command::new(flock)
+            .arg("--nonblock")
+            .arg(&path)
+            .arg("true")
+            .status()
+            .unwrap();
         assert_eq!(free.code(), Some(1));
     }
 
@@ -290,11 +345,19 @@ fn acquire_after_killed_daemon_reports_its_death() {
     let (_directory, path) = fresh_path();
     let mut daemon = Actor::start_with(&spec(&path), |command| {
         *command = Command::new(program("daemon"));
-        command.arg(&path).arg("parent").stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .arg(&path)
+            .arg("parent")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
     });
     assert_eq!(daemon.answer(), "held");
     let child = daemon.ask("fork");
-    let child: u32 = child.strip_prefix("forked ").expect(&child).parse().unwrap();
+    let child: u32 = child
+        .strip_prefix("forked ")
+        .expect(&child)
+        .parse()
+        .unwrap();
     daemon.expect("rewrite", "rewritten");
     let mut waiter = Actor::start(&spec(&path));
     waiter.tell_to_wait("lock");
@@ -310,10 +373,16 @@ fn a4_file_is_the_pid_and_a_line_end() {
     guard.rewrite().unwrap();
     assert_eq!(text(&path), format!("{}\n", my_pid()));
     let child = Foreign::start();
-    guard.rewrite_for(&lockkit::Owner::of(child.pid()).unwrap()).unwrap();
+    guard
+        .rewrite_for(&lockkit::Owner::of(child.pid()).unwrap())
+        .unwrap();
     assert_eq!(text(&path), format!("{}\n", child.pid()));
     drop(guard);
-    write_ago(&path, format!("{DEAD}\n{}", "a long line\n".repeat(100)), OLD);
+    write_ago(
+        &path,
+        format!("{DEAD}\n{}", "a long line\n".repeat(100)),
+        OLD,
+    );
     let _guard = lock(&path).try_lock().unwrap();
     assert_eq!(text(&path), format!("{}\n", my_pid()));
 }
@@ -358,10 +427,17 @@ fn a6_owner_with_one_descriptor_left_is_judged_after_its_death() {
             assert!(!path.exists());
             continue;
         }
-        assert!(lock(&path).try_lock().unwrap_err().is_held(), "{spare} left");
+        assert!(
+            lock(&path).try_lock().unwrap_err().is_held(),
+            "{spare} left"
+        );
         victim.kill();
         let guard = lock(&path).try_lock().unwrap();
-        assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), victim.pid(), "{spare} left");
+        assert_eq!(
+            guard.recovered().unwrap().owner().unwrap().pid(),
+            victim.pid(),
+            "{spare} left"
+        );
     }
 }
 
@@ -377,7 +453,10 @@ fn a6_owner_without_proc_is_judged_after_its_death() {
     assert!(lock(&path).try_lock().unwrap_err().is_held());
     victim.kill();
     let guard = lock(&path).try_lock().unwrap();
-    assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), victim.pid());
+    assert_eq!(
+        guard.recovered().unwrap().owner().unwrap().pid(),
+        victim.pid()
+    );
     // A process without /proc does not treat a possibly live owner as dead.
     let mut blind = start_without_proc(&spec(&path)).unwrap();
     assert!(blind.ask("try").starts_with("error Held"));

@@ -53,7 +53,10 @@ fn pidfile_of_pid_1_is_held_for_unprivileged_user() {
         let mut actor = Actor::start_as(&spec(&path), NOBODY);
         for command in ["try", "lock-for 20"] {
             let answer = actor.ask(command);
-            assert!(answer.starts_with("error Held") || answer.starts_with("error Timeout"), "{answer}");
+            assert!(
+                answer.starts_with("error Held") || answer.starts_with("error Timeout"),
+                "{answer}"
+            );
             assert!(answer.contains("by pid 1"), "{answer}");
         }
         assert_eq!(text(&path), "1\n");
@@ -64,7 +67,9 @@ fn pidfile_of_pid_1_is_held_for_unprivileged_user() {
 #[test]
 fn acquire_without_permission_fails_and_keeps_file() {
     if !is_root() {
-        return lockkit_tests::left_out("root may write everything, and acting as another user needs root");
+        return lockkit_tests::left_out(
+            "root may write everything, and acting as another user needs root",
+        );
     }
     let (directory, path) = fresh_path();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
@@ -73,7 +78,10 @@ fn acquire_without_permission_fails_and_keeps_file() {
     write(&path, "1\n");
     fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
     let answer = actor.ask("try");
-    assert!(answer.starts_with(&format!("error Io: cannot open {}", path.display())), "{answer}");
+    assert!(
+        answer.starts_with(&format!("error Io: cannot open {}", path.display())),
+        "{answer}"
+    );
     assert!(answer.contains("Permission denied"), "{answer}");
     assert_eq!(text(&path), "1\n");
     // A readable file is replaced, if the directory allows it.
@@ -83,7 +91,10 @@ fn acquire_without_permission_fails_and_keeps_file() {
     for mode in [0o755, 0o1777] {
         fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap();
         let answer = actor.ask("try");
-        assert!(answer.starts_with(&format!("error Io: cannot replace {}", path.display())), "{answer}");
+        assert!(
+            answer.starts_with(&format!("error Io: cannot replace {}", path.display())),
+            "{answer}"
+        );
         assert_eq!(text(&path), dead);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
@@ -92,19 +103,27 @@ fn acquire_without_permission_fails_and_keeps_file() {
     actor.expect("release", "released");
     let _guard = lock(&path).try_lock().unwrap();
     let answer = actor.ask("try");
-    assert!(answer.starts_with("error Held") && answer.contains(&format!("by pid {}", my_pid())), "{answer}");
+    assert!(
+        answer.starts_with("error Held") && answer.contains(&format!("by pid {}", my_pid())),
+        "{answer}"
+    );
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn acquire_in_unwritable_directory_error_names_path() {
     if !is_root() {
-        return lockkit_tests::left_out("root may write everything, and acting as another user needs root");
+        return lockkit_tests::left_out(
+            "root may write everything, and acting as another user needs root",
+        );
     }
     let (directory, path) = fresh_path();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     let answer = Actor::start_as(&spec(&path), NOBODY).ask("try");
-    assert!(answer.starts_with(&format!("error Io: cannot create {}", path.display())), "{answer}");
+    assert!(
+        answer.starts_with(&format!("error Io: cannot create {}", path.display())),
+        "{answer}"
+    );
     assert!(answer.contains("Permission denied"), "{answer}");
 }
 
@@ -121,7 +140,10 @@ fn pidfile_release_without_directory_permission_blanks_file() {
     chown(directory.path(), Some(0), Some(0)).unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     let answer = actor.ask("release");
-    assert!(answer.starts_with(&format!("error Io: cannot remove {}", path.display())), "{answer}");
+    assert!(
+        answer.starts_with(&format!("error Io: cannot remove {}", path.display())),
+        "{answer}"
+    );
     assert_eq!(text(&path), "\n");
     // This process may not replace the file, but the user that started it may.
     assert!(actor.ask("try").contains("Permission denied"));
@@ -137,19 +159,32 @@ fn acquire_of_special_file_is_refused_at_once() {
     let fifo = directory.path().join("fifo");
     let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
     assert!(made.success());
-    for special in [directory.path(), &fifo, Path::new("/dev/null"), Path::new("/")] {
+    for special in [
+        directory.path(),
+        &fifo,
+        Path::new("/dev/null"),
+        Path::new("/"),
+    ] {
         for error in [
             lock(special).lock().unwrap_err(),
             PidFile::inspect(special).unwrap_err(),
             PidFile::remove_stale(special).unwrap_err(),
         ] {
-            let ErrorKind::Io { path, source, .. } = error.kind() else { panic!("{error}") };
-            assert_eq!((path.as_path(), source.to_string().as_str()), (special, "it is no plain file"));
+            let ErrorKind::Io { path, source, .. } = error.kind() else {
+                panic!("{error}")
+            };
+            assert_eq!(
+                (path.as_path(), source.to_string().as_str()),
+                (special, "it is no plain file")
+            );
         }
     }
     let below = path.join("below");
     write(&path, "");
-    assert!(matches!(lock(&below).try_lock().unwrap_err().kind(), ErrorKind::Io { .. }));
+    assert!(matches!(
+        lock(&below).try_lock().unwrap_err().kind(),
+        ErrorKind::Io { .. }
+    ));
 }
 
 #[cfg(target_os = "linux")]
@@ -159,12 +194,23 @@ fn acquire_of_link_is_refused_and_keeps_its_target() {
     let target = directory.path().join("precious");
     write_ago(&target, "precious", OLD);
     let refused = |path: &Path| {
-        for error in [lock(path).try_lock().unwrap_err(), PidFile::remove_stale(path).unwrap_err()] {
-            assert!(matches!(error.kind(), ErrorKind::Insecure { path: named, .. } if named == path), "{error}");
+        for error in [
+            lock(path).try_lock().unwrap_err(),
+            PidFile::remove_stale(path).unwrap_err(),
+        ] {
+            assert!(
+                matches!(error.kind(), ErrorKind::Insecure { path: named, .. } if named == path),
+                "{error}"
+            );
         }
     };
     // Emacs, Chromium and Firefox keep pids in such links.
-    for leads_to in [target.as_path(), Path::new("user@host.4242:1700000000"), Path::new("host-4242"), &path] {
+    for leads_to in [
+        target.as_path(),
+        Path::new("user@host.4242:1700000000"),
+        Path::new("host-4242"),
+        &path,
+    ] {
         symlink(leads_to, &path).unwrap();
         refused(&path);
         if leads_to != target {
@@ -178,7 +224,9 @@ fn acquire_of_link_is_refused_and_keeps_its_target() {
     assert_eq!(text(&target), "precious");
     // For a loop in the parent directories the error is the system's.
     symlink("loop", directory.path().join("loop")).unwrap();
-    let error = lock(&directory.path().join("loop/app.pid")).try_lock().unwrap_err();
+    let error = lock(&directory.path().join("loop/app.pid"))
+        .try_lock()
+        .unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
 }
 
@@ -193,13 +241,19 @@ fn acquire_pidfile_on_full_disk_fails_and_changes_nothing() {
     };
     let mut full = start("0");
     let answer = full.ask("try");
-    assert!(answer.starts_with(&format!("error Io: cannot write {}", path.display())), "{answer}");
+    assert!(
+        answer.starts_with(&format!("error Io: cannot write {}", path.display())),
+        "{answer}"
+    );
     assert!(answer.contains("File too large"), "{answer}");
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     for stale in [format!("{DEAD}\n"), String::new()] {
         write_ago(&path, &stale, OLD);
         let answer = full.ask("try");
-        assert!(answer.starts_with(&format!("error Io: cannot write {}", path.display())), "{answer}");
+        assert!(
+            answer.starts_with(&format!("error Io: cannot write {}", path.display())),
+            "{answer}"
+        );
         assert_eq!(text(&path), stale);
         lock(&path).try_lock().unwrap().release().unwrap();
     }
@@ -213,7 +267,10 @@ fn acquire_on_full_file_system_fails_and_leaves_no_file() {
         "mount -t tmpfs -o size=4k,nr_inodes=8 none {0} && head -c 4096 /dev/zero > {0}/full && exec \"$0\" \"$1\"",
         directory.path().display()
     );
-    let allowed = Command::new("unshare").args(["-m", "true"]).stderr(Stdio::null()).status();
+    let allowed = Command::new("unshare")
+        .args(["-m", "true"])
+        .stderr(Stdio::null())
+        .status();
     if !is_root() || !allowed.is_ok_and(|status| status.success()) {
         return lockkit_tests::left_out("mounting a file system is not allowed here");
     }
@@ -221,11 +278,15 @@ fn acquire_on_full_file_system_fails_and_leaves_no_file() {
     let answer = actor.ask("try");
     assert!(answer.contains("No space left on device"), "{answer}");
     let seen = format!("/proc/{}/root{}", actor.pid(), directory.path().display());
-    let left: Vec<_> = fs::read_dir(seen).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> = fs::read_dir(seen)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
     assert_eq!(left, ["full"]);
 }
 
-/// Starts processes of a user that hold and wait for every lock that a reader of the file can request.
+/// Starts processes of a user that hold and wait for every lock that a reader of the file can
+/// request.
 #[cfg(target_os = "linux")]
 fn reader_with_all_locks(path: &Path, uid: u32) -> Option<Vec<Child>> {
     let Some(python) = python() else {
@@ -247,24 +308,43 @@ print(2, flush=True)
 sys.stdin.read()";
     let start = |how: &str| {
         let mut command = Command::new(&python);
-        command.args(["-c", program]).arg(path).arg(how).uid(uid).gid(uid).current_dir("/");
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        command
+            .args(["-c", program])
+            .arg(path)
+            .arg(how)
+            .uid(uid)
+            .gid(uid)
+            .current_dir("/");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let mut line = String::new();
         let out = child.stdout.as_mut().unwrap();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).unwrap();
         assert_eq!(line, "1\n", "{how} opens the file");
         child
     };
-    let children: Vec<_> = ["flock-ex", "flock-sh", "fcntl", "ofd", "flock-ex", "flock-sh"].map(start).into();
+    let children: Vec<_> = [
+        "flock-ex", "flock-sh", "fcntl", "ofd", "flock-ex", "flock-sh",
+    ]
+    .map(start)
+    .into();
     let asleep = |child: &Child| lockkit_tests::sleeps(child.id(), child.id());
-    until("they have their locks, or wait for them", || children.iter().all(asleep));
+    until("they have their locks, or wait for them", || {
+        children.iter().all(asleep)
+    });
     Some(children)
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn a5_reader_of_pidfile_cannot_delay_restart() {
-    let Some(user) = lockkit_tests::another_user() else { return };
+    let Some(user) = lockkit_tests::another_user() else {
+        return;
+    };
     let (directory, path) = fresh_path();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     for with_identity in [true, false] {
@@ -273,7 +353,9 @@ fn a5_reader_of_pidfile_cannot_delay_restart() {
         if !with_identity {
             rustix::fs::removexattr(&path, IDENTITY).unwrap();
         }
-        let Some(mut readers) = reader_with_all_locks(&path, user.uid) else { return };
+        let Some(mut readers) = reader_with_all_locks(&path, user.uid) else {
+            return;
+        };
         let mut waiter = Actor::start(&spec(&path));
         waiter.tell_to_wait("lock");
         assert!(lock(&path).try_lock().unwrap_err().is_held());
@@ -281,19 +363,28 @@ fn a5_reader_of_pidfile_cannot_delay_restart() {
         assert_eq!(waiter.answer(), format!("held recovered {}", daemon.pid()));
         waiter.kill();
 
-        let Some(more) = reader_with_all_locks(&path, user.uid) else { return };
+        let Some(more) = reader_with_all_locks(&path, user.uid) else {
+            return;
+        };
         readers.extend(more);
-        assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Stale(owner) if owner.pid() == waiter.pid()));
+        assert!(
+            matches!(PidFile::inspect(&path).unwrap(), PidStatus::Stale(owner) if owner.pid() == waiter.pid())
+        );
         assert!(PidFile::is_stale(&path).unwrap());
         let start = Instant::now();
         let guard = lock(&path).try_lock().unwrap();
         println!("the restart took {:?}", start.elapsed());
-        assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), waiter.pid());
+        assert_eq!(
+            guard.recovered().unwrap().owner().unwrap().pid(),
+            waiter.pid()
+        );
         drop(guard);
 
         let mut daemon = Actor::start(&spec(&path));
         daemon.expect("try", "held");
-        let Some(more) = reader_with_all_locks(&path, user.uid) else { return };
+        let Some(more) = reader_with_all_locks(&path, user.uid) else {
+            return;
+        };
         readers.extend(more);
         daemon.kill();
         assert!(PidFile::remove_stale(&path).unwrap() && !path.exists());
@@ -312,10 +403,22 @@ fn a10_mode_that_denies_owner_read_is_refused() {
     for mode in [0o044, 0, 0o200, 0o100_644] {
         let errors = [
             lock(&path).create_with_mode(mode).try_lock().unwrap_err(),
-            lockkit::FileLock::new(&path).create_with_mode(mode).try_lock().unwrap_err(),
+            lockkit::FileLock::new(&path)
+                .create_with_mode(mode)
+                .try_lock()
+                .unwrap_err(),
         ];
         for error in errors {
-            assert!(matches!(error.kind(), ErrorKind::InvalidOption { option: "create_with_mode", .. }), "{error}");
+            assert!(
+                matches!(
+                    error.kind(),
+                    ErrorKind::InvalidOption {
+                        option: "create_with_mode",
+                        ..
+                    }
+                ),
+                "{error}"
+            );
         }
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
@@ -333,9 +436,18 @@ fn a10_mode_is_exact_and_default_is_less_the_umask() {
             let _guard = lock(&path).create_with_mode(wanted).try_lock().unwrap();
             assert_eq!(mode(), wanted);
         }
-        for (umask, wanted) in [("000", 0o644), ("022", 0o644), ("027", 0o640), ("077", 0o600)] {
+        for (umask, wanted) in [
+            ("000", 0o644),
+            ("022", 0o644),
+            ("027", 0o640),
+            ("077", 0o600),
+        ] {
             prepare();
-            let mut actor = start_through(&spec(&path), "sh", &["-c", &format!("umask {umask} && exec \"$0\" \"$1\"")]);
+            let mut actor = start_through(
+                &spec(&path),
+                "sh",
+                &["-c", &format!("umask {umask} && exec \"$0\" \"$1\"")],
+            );
             assert!(actor.ask("try").starts_with("held"));
             assert_eq!(mode(), wanted, "umask {umask}");
             actor.expect("release", "released");
@@ -346,7 +458,10 @@ fn a10_mode_is_exact_and_default_is_less_the_umask() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a10_users_of_a_shared_directory_take_over_in_turn() {
-    let (Some(one), Some(other)) = (lockkit_tests::another_user(), lockkit_tests::another_user()) else { return };
+    let (Some(one), Some(other)) = (lockkit_tests::another_user(), lockkit_tests::another_user())
+    else {
+        return;
+    };
     let (directory, path) = fresh_path();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
     let mut before = None;
@@ -363,7 +478,8 @@ fn a10_users_of_a_shared_directory_take_over_in_turn() {
     write(&taker, "4242\n");
     chown(&taker, Some(one.uid), None).unwrap();
     fs::set_permissions(&taker, Permissions::from_mode(0o666)).unwrap();
-    Actor::start_as(&spec(&path), other.uid).expect("try", &format!("held recovered {}", before.unwrap()));
+    Actor::start_as(&spec(&path), other.uid)
+        .expect("try", &format!("held recovered {}", before.unwrap()));
     assert!(!taker.exists());
 }
 

@@ -47,7 +47,12 @@ pub(crate) fn write_ago(path: &Path, text: impl AsRef<[u8]>, ago: Duration) {
 }
 
 pub(crate) fn set_age(path: &Path, ago: Duration) {
-    File::options().write(true).open(path).unwrap().set_modified(SystemTime::now() - ago).unwrap();
+    File::options()
+        .write(true)
+        .open(path)
+        .unwrap()
+        .set_modified(SystemTime::now() - ago)
+        .unwrap();
 }
 
 pub(crate) fn text(path: &Path) -> String {
@@ -112,14 +117,30 @@ impl LeftFile {
     pub(crate) fn with_changed_byte(&self, at: usize) -> Self {
         let mut identity = self.identity.clone();
         identity[at] ^= 0x55;
-        Self { pid: self.pid, text: self.text.clone(), written: self.written, identity }
+        Self {
+            pid: self.pid,
+            text: self.text.clone(),
+            written: self.written,
+            identity,
+        }
     }
 
     pub(crate) fn restore(&self, path: &Path) {
         write(path, &self.text);
-        File::options().write(true).open(path).unwrap().set_modified(self.written).unwrap();
+        File::options()
+            .write(true)
+            .open(path)
+            .unwrap()
+            .set_modified(self.written)
+            .unwrap();
         #[cfg(target_os = "linux")]
-        rustix::fs::setxattr(path, IDENTITY, &self.identity, rustix::fs::XattrFlags::empty()).unwrap();
+        rustix::fs::setxattr(
+            path,
+            IDENTITY,
+            &self.identity,
+            rustix::fs::XattrFlags::empty(),
+        )
+        .unwrap();
     }
 }
 
@@ -160,29 +181,47 @@ pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Starts an actor through the program `wrapper`, which executes its last two arguments: the actor and its lock.
+/// Starts an actor through the program `wrapper`, which executes its last two arguments: the actor
+/// and its lock.
 pub(crate) fn start_through(spec: &Spec, wrapper: &str, arguments: &[&str]) -> Actor {
     Actor::start_with(spec, |command| {
-        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        let (program, spec) = (
+            command.get_program().to_owned(),
+            command.get_args().next().unwrap().to_owned(),
+        );
         *command = Command::new(wrapper);
-        command.args(arguments).arg(program).arg(spec).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .args(arguments)
+            .arg(program)
+            .arg(spec)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
     })
 }
 
 /// Starts an actor that sees no /proc, if the machine allows that.
 pub(crate) fn start_without_proc(spec: &Spec) -> Option<Actor> {
     let script = "mount -t tmpfs none /proc";
-    let allowed = Command::new("unshare").args(["-m", "sh", "-c", script]).stderr(Stdio::null()).status();
-    allowed
-        .is_ok_and(|status| status.success())
-        .then(|| start_through(spec, "unshare", &["-m", "sh", "-c", &format!("{script} && exec \"$0\" \"$1\"")]))
+    let allowed = Command::new("unshare")
+        .args(["-m", "sh", "-c", script])
+        .stderr(Stdio::null())
+        .status();
+    allowed.is_ok_and(|status| status.success()).then(|| {
+        start_through(
+            spec,
+            "unshare",
+            &["-m", "sh", "-c", &format!("{script} && exec \"$0\" \"$1\"")],
+        )
+    })
 }
 
 /// Returns the program, if it is installed.
 #[cfg(target_os = "linux")]
 pub(crate) fn installed(name: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin";
-    path.split(':').map(|directory| Path::new(directory).join(name)).find(|path| path.is_file())
+    path.split(':')
+        .map(|directory| Path::new(directory).join(name))
+        .find(|path| path.is_file())
 }
 
 /// Returns a Python that every user may run.

@@ -1,7 +1,8 @@
-//! The checked directories of lockkit's own files. Their paths are fixed, whatever the environment says.
+//! The checked directories of lockkit's own files. Their paths are fixed, whatever the environment
+//! says.
 //!
-//! Two processes with different environments must still exclude each other, so no environment variable counts. `unix` and
-//! `windows` say where the directories are, and check them.
+//! Two processes with different environments must still exclude each other, so no environment
+//! variable counts. `unix` and `windows` say where the directories are, and check them.
 
 #[cfg(unix)]
 #[path = "unix.rs"]
@@ -36,11 +37,12 @@ pub(crate) struct RuntimeDir {
 impl RuntimeDir {
     /// Returns the path of lockkit's file `name`.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.path.join(prefix(self.sharing).to_owned() + &system::encode(name))
+        self.path
+            .join(prefix(self.sharing).to_owned() + &system::encode(name))
     }
 
-    /// Opens lockkit's file `name` for reading and writing, or creates it. It must be a file of its own, not a link to
-    /// another one.
+    /// Opens lockkit's file `name` for reading and writing, or creates it. It must be a file of its
+    /// own, not a link to another one.
     #[cfg(any(target_os = "linux", windows))]
     pub(crate) fn open_file(&self, name: &str) -> Result<File> {
         let path = self.file(name);
@@ -76,7 +78,8 @@ pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
 
 /// Opens the directory as [`open_in`] does, below the directory that this system has for it.
 pub(crate) fn open(sharing: Sharing) -> Result<RuntimeDir> {
-    let base = system::base(sharing).map_err(|error| Error::io("find the directory for", "named locks", error))?;
+    let base = system::base(sharing)
+        .map_err(|error| Error::io("find the directory for", "named locks", error))?;
     open_in(&base, sharing)
 }
 
@@ -85,8 +88,8 @@ pub(crate) fn open(sharing: Sharing) -> Result<RuntimeDir> {
 /// # Errors
 /// - `ForeignOwner` if it belongs to a user that is not trusted with it.
 /// - `Insecure` if others could tamper with it.
-/// - `Io` if it cannot be created or opened (on Unix a symlink in the place of a user's directory is `ELOOP` or
-///   `ENOTDIR`).
+/// - `Io` if it cannot be created or opened (on Unix a symlink in the place of a user's directory
+///   is `ELOOP` or `ENOTDIR`).
 pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<RuntimeDir> {
     let path = system::directory(base, sharing);
     let fd = system::open_directory(&path, sharing)?;
@@ -105,7 +108,10 @@ mod tests {
     #[test]
     fn name_of_file_without_prefix_is_none() {
         assert_eq!(name_of("other", Sharing::Machine), None);
-        assert_eq!(name_of("lockkit-machine-other", Sharing::Machine).as_deref(), Some("other"));
+        assert_eq!(
+            name_of("lockkit-machine-other", Sharing::Machine).as_deref(),
+            Some("other")
+        );
         assert_eq!(name_of("other", Sharing::User(0)).is_some(), cfg!(unix));
     }
 
@@ -115,7 +121,13 @@ mod tests {
         let base = std::env::temp_dir().join(format!("lockkit-runtime-dir-{}", std::process::id()));
         fs::create_dir_all(&base).unwrap();
         let directory = open_in(&base, Sharing::User(effective_uid())).unwrap();
-        let mode = || fs::metadata(directory.file("table")).unwrap().permissions().mode() & 0o7777;
+        let mode = || {
+            fs::metadata(directory.file("table"))
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o7777
+        };
         for left in [0o644, 0o600, 0o640] {
             drop(directory.open_file("table").unwrap());
             assert_eq!(mode(), 0o600);

@@ -1,12 +1,13 @@
 //! The directories on Windows: those that the system's shell knows, whatever the environment says.
 //!
-//! The files of one user lie in a directory of lockkit's in the user's local application data, which no other user
-//! enters and which does not roam. The files of the whole machine lie in the directory for all users' application data.
-//! Each has an access control list: all users may read and write the file, and only administrators may remove it or
-//! change the list.
+//! The files of one user lie in a directory of lockkit's in the user's local application data,
+//! which no other user enters and which does not roam. The files of the whole machine lie in the
+//! directory for all users' application data. Each has an access control list: all users may read
+//! and write the file, and only administrators may remove it or change the list.
 //!
-//! File names are case-insensitive here, and some are devices (`nul.x`). So a lock's file name has `!` before each
-//! letter that was a capital. It starts with `n-`, or with the prefix of the machine's files.
+//! File names are case-insensitive here, and some are devices (`nul.x`). So a lock's file name has
+//! `!` before each letter that was a capital. It starts with `n-`, or with the prefix of the
+//! machine's files.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -39,7 +40,9 @@ pub(super) fn open_or_create(path: &Path, sharing: Sharing) -> io::Result<File> 
     match files::open(&options, path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => match create(path, sharing) {
             // Another process has just created it.
-            Err(error) if error.raw_os_error() == Some(ERROR_FILE_EXISTS as i32) => files::open(&options, path),
+            Err(error) if error.raw_os_error() == Some(ERROR_FILE_EXISTS as i32) => {
+                files::open(&options, path)
+            }
             created => {
                 step("file made");
                 created
@@ -53,7 +56,9 @@ fn create(path: &Path, sharing: Sharing) -> io::Result<File> {
     let access = match sharing {
         Sharing::User(_) => None,
         // Reading and writing for all users, including the creator.
-        Sharing::Machine => Some(Descriptor::new("D:P(A;;0x12019F;;;WD)(A;;0x12019F;;;OW)(A;;FA;;;SY)(A;;FA;;;BA)")?),
+        Sharing::Machine => Some(Descriptor::new(
+            "D:P(A;;0x12019F;;;WD)(A;;0x12019F;;;OW)(A;;FA;;;SY)(A;;FA;;;BA)",
+        )?),
     };
     files::create_new(path, access.as_ref())
 }
@@ -81,7 +86,11 @@ pub(super) fn decode(file: &str) -> Option<String> {
     let mut letters = file.chars();
     let mut name = String::new();
     while let Some(letter) = letters.next() {
-        name.push(if letter == '!' { letters.next()?.to_ascii_uppercase() } else { letter });
+        name.push(if letter == '!' {
+            letters.next()?.to_ascii_uppercase()
+        } else {
+            letter
+        });
     }
     Some(name)
 }
@@ -124,13 +133,16 @@ pub(super) fn open_directory(path: &Path, _: Sharing) -> Result<OwnedHandle> {
     std::os::windows::fs::OpenOptionsExt::custom_flags(&mut options, FILE_FLAG_BACKUP_SEMANTICS);
     let opened = match options.open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            fs::create_dir_all(path).map_err(|error| Error::io("create the directory", path, error))?;
+            fs::create_dir_all(path)
+                .map_err(|error| Error::io("create the directory", path, error))?;
             step("directory made");
             options.open(path)
         }
         opened => opened,
     };
-    Ok(opened.map_err(|error| Error::io("open the directory", path, error))?.into())
+    Ok(opened
+        .map_err(|error| Error::io("open the directory", path, error))?
+        .into())
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! What the heartbeat scheduler needs to know of a lease, so that tests of the scheduler need no store.
+//! What the heartbeat scheduler needs to know of a lease, so that tests of the scheduler need no
+//! store.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,13 +29,13 @@ pub(in crate::lease) trait Renewable: Send + Sync {
     /// Does what is due, with at most one request at a time. Returns when to run again, if ever.
     fn renew(&self) -> Option<Duration>;
 
-    /// Does what [`renew`](Self::renew) does while the store must get no request for the duration `backoff`: only
-    /// reports the end.
+    /// Does what [`renew`](Self::renew) does while the store must get no request for the duration
+    /// `backoff`: only reports the end.
     fn skip_renewal(&self, backoff: Duration) -> Option<Duration>;
 }
 
-/// A failure domain: leases that hang together. After one stuck request, further requests of the domain are likely to
-/// be stuck.
+/// A failure domain: leases that hang together. After one stuck request, further requests of the
+/// domain are likely to be stuck.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::lease) enum FailureDomain {
     /// A store, by its address.

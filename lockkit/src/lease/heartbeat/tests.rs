@@ -2,7 +2,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use super::queue::{MAX_COALESCING_WINDOW, MAX_WATCHDOG_INTERVAL, backoff_after, coalescing_window, watchdog_interval};
+use super::queue::{
+    MAX_COALESCING_WINDOW, MAX_WATCHDOG_INTERVAL, backoff_after, coalescing_window,
+    watchdog_interval,
+};
 use super::*;
 use crate::lease::clock::{Clock, ManualClock, SystemClock};
 use crate::lease::tests::fixtures::{MS, eventually};
@@ -103,7 +106,9 @@ fn schedule_lease_renews_until_it_is_over() {
     eventually("the lease is renewed again", || lease.renewals() >= 3);
     lease.is_over.store(true, Ordering::Relaxed);
     scheduler.record_release();
-    eventually("the lease leaves the queue", || Arc::strong_count(&lease) == 1);
+    eventually("the lease leaves the queue", || {
+        Arc::strong_count(&lease) == 1
+    });
 }
 
 #[test]
@@ -127,12 +132,22 @@ fn stuck_renewal_delays_only_its_failure_domain() {
     scheduler.schedule(same.clone(), Duration::ZERO);
     scheduler.schedule(other.clone(), Duration::ZERO);
     eventually("the other domain is renewed", || other.renewals() >= 3);
-    eventually("the hanging request is late", || scheduler.is_stuck(FailureDomain::Common(1)));
+    eventually("the hanging request is late", || {
+        scheduler.is_stuck(FailureDomain::Common(1))
+    });
     assert!(!scheduler.is_stuck(FailureDomain::Common(2)));
-    eventually("the same domain is skipped", || same.skipped.load(Ordering::Relaxed) >= 3);
-    assert_eq!((stuck.renewals(), same.renewals()), (1, 0), "the domain has one request");
+    eventually("the same domain is skipped", || {
+        same.skipped.load(Ordering::Relaxed) >= 3
+    });
+    assert_eq!(
+        (stuck.renewals(), same.renewals()),
+        (1, 0),
+        "the domain has one request"
+    );
     stuck.hangs.store(false, Ordering::Relaxed);
-    eventually("the same domain is renewed again", || same.renewals() >= 1 && stuck.renewals() >= 2);
+    eventually("the same domain is renewed again", || {
+        same.renewals() >= 1 && stuck.renewals() >= 2
+    });
     assert!(!scheduler.is_stuck(FailureDomain::Common(1)));
 }
 
@@ -150,7 +165,9 @@ fn panicking_renewal_leaves_other_leases_renewed() {
 fn record_release_of_most_leases_removes_them() {
     let scheduler = scheduler();
     let clock = ManualClock::new();
-    let leases: Vec<_> = (0..100).map(|_| CountedLease::new(1, clock.clone())).collect();
+    let leases: Vec<_> = (0..100)
+        .map(|_| CountedLease::new(1, clock.clone()))
+        .collect();
     for lease in &leases {
         scheduler.schedule(lease.clone(), MS * 1_000_000);
     }
@@ -180,8 +197,8 @@ fn coalescing_window_is_a_twentieth_of_heartbeat() {
 #[test]
 fn watchdog_detects_stuck_request_within_quarter_of_ttl() {
     for ttl in [MS * 40, MS * 100, MS * 1000, MS * 60_000] {
-        // The request began before the first check at the latest. By the second check it has lasted for a whole
-        // interval.
+        // The request began before the first check at the latest. By the second check it has lasted
+        // for a whole interval.
         assert!(watchdog_interval(Some(ttl)) * 2 <= ttl / 4);
     }
     assert_eq!(watchdog_interval(Some(MS * 60_000)), MAX_WATCHDOG_INTERVAL);

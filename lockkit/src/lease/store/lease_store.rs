@@ -1,13 +1,15 @@
 //! The interface between a lease and the store that keeps its record.
 //!
-//! Each request of a [`LeaseStore`] is atomic for all users of the store. The store also says how to wait for a change.
-//! The lease decides everything else: how long a grant is valid, when to renew, what a failure means, when the lease is
-//! lost. So a store for another engine needs five requests, and cannot get the timing wrong.
+//! Each request of a [`LeaseStore`] is atomic for all users of the store. The store also says how
+//! to wait for a change. The lease decides everything else: how long a grant is valid, when to
+//! renew, what a failure means, when the lease is lost. So a store for another engine needs five
+//! requests, and cannot get the timing wrong.
 
 use std::time::Duration;
 
 pub use super::types::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, Released, Renewal, StoreProfile,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, Released, Renewal,
+    StoreProfile,
 };
 use crate::base::cancel::CancelToken;
 use crate::base::error::StoreError;
@@ -16,19 +18,20 @@ use crate::base::wait::Wait;
 /// A store that keeps the records of leases.
 ///
 /// Requirements for every store:
-/// - [`try_acquire`](Self::try_acquire) is one atomic step. A name that is absent, free, expired, or already the
-///   claim's becomes the claim's. Its token is above every earlier token of that name, but a claim that already has the
-///   name keeps its token.
-/// - [`renew`](Self::renew), [`release`](Self::release) and [`evict`](Self::evict) compare the claim and the token in
-///   the step in which they change the record.
-/// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a process. A hanging
-///   request delays the renewals of other leases until another thread has noticed, and costs a thread for as long as
-///   the request hangs. A renewal may come too late if it queues behind the requests of other threads, for example on a
-///   shared connection. The same is true behind a waiter in [`wait_for_change`](Self::wait_for_change).
+/// - [`try_acquire`](Self::try_acquire) is one atomic step. A name that is absent, free, expired,
+///   or already the claim's becomes the claim's. Its token is above every earlier token of that
+///   name, but a claim that already has the name keeps its token.
+/// - [`renew`](Self::renew), [`release`](Self::release) and [`evict`](Self::evict) compare the
+///   claim and the token in the step in which they change the record.
+/// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a
+///   process. A hanging request delays the renewals of other leases until another thread has
+///   noticed, and costs a thread for as long as the request hangs. A renewal may come too late if
+///   it queues behind the requests of other threads, for example on a shared connection. The same
+///   is true behind a waiter in [`wait_for_change`](Self::wait_for_change).
 /// - A request that may have taken effect, though no answer came, is [`StoreError::Unknown`].
 ///
-/// No process compares a store's clock with another clock. A store promises to keep a record for the ttl from when the
-/// store got the request; the lease counts from before it sent the request.
+/// No process compares a store's clock with another clock. A store promises to keep a record for
+/// the ttl from when the store got the request; the lease counts from before it sent the request.
 ///
 /// A store in memory, for the threads of one process:
 /// ```
@@ -119,12 +122,13 @@ use crate::base::wait::Wait;
 /// # Ok(()) }
 /// ```
 pub trait LeaseStore: Send + Sync {
-    /// Returns what the store can do. The result is always the same, except that the first request may determine the
-    /// failure domain. The lease calls this often.
+    /// Returns what the store can do. The result is always the same, except that the first request
+    /// may determine the failure domain. The lease calls this often.
     fn profile(&self) -> StoreProfile;
 
-    /// Gives the name to `claim` for `ttl`, unless another claim has it. Repeated with the same claim after
-    /// [`StoreError::Unknown`], it returns the grant that the earlier request may have made.
+    /// Gives the name to `claim` for `ttl`, unless another claim has it. Repeated with the same
+    /// claim after [`StoreError::Unknown`], it returns the grant that the earlier request may have
+    /// made.
     ///
     /// # Errors
     /// See [`StoreError`], here and below.
@@ -139,23 +143,26 @@ pub trait LeaseStore: Send + Sync {
     /// Extends the grant by another ttl from now, if the grant is still in force.
     ///
     /// # Errors
-    /// After an error the outcome is in doubt. The lease repeats the request until the grant has expired.
+    /// After an error the outcome is in doubt. The lease repeats the request until the grant has
+    /// expired.
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal, StoreError>;
 
-    /// Frees the name, if it is still the grant's. The token stays, so that the next token is greater.
+    /// Frees the name, if it is still the grant's. The token stays, so that the next token is
+    /// greater.
     ///
     /// # Errors
     /// After an error the grant expires by itself.
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError>;
 
-    /// Releases, as [`release`](Self::release) does, a grant that its holder did not release. The store reports this to
-    /// the next owner:
+    /// Releases, as [`release`](Self::release) does, a grant that its holder did not release. The
+    /// store reports this to the next owner:
     /// - The grant has expired by its holder's clock.
     /// - No caller received the grant, because its request got no answer, and the grant was
-    ///   [recovered](Grant::recovered) from an earlier owner. The store reports that earlier owner to the next owner.
+    ///   [recovered](Grant::recovered) from an earlier owner. The store reports that earlier owner
+    ///   to the next owner.
     ///
-    /// A store needs this only if other processes would go on waiting for an expired grant, or if it returns
-    /// [`StoreError::Unknown`]. By default this does nothing.
+    /// A store needs this only if other processes would go on waiting for an expired grant, or if
+    /// it returns [`StoreError::Unknown`]. By default this does nothing.
     ///
     /// # Errors
     /// As [`release`](Self::release).
@@ -174,19 +181,25 @@ pub trait LeaseStore: Send + Sync {
     ///
     /// # Errors
     /// See [`StoreError`].
-    fn evict(&self, name: &LeaseName, snapshot: &LeaseSnapshot, by: Deadline) -> Result<Released, StoreError>;
+    fn evict(
+        &self,
+        name: &LeaseName,
+        snapshot: &LeaseSnapshot,
+        by: Deadline,
+    ) -> Result<Released, StoreError>;
 
-    /// Waits until a change since `snapshot`, until `by`, or until `stop` is cancelled. A spurious return is allowed:
-    /// the lease then tries again, and bounds each wait by [`LeaseSnapshot::expires_in`].
+    /// Waits until a change since `snapshot`, until `by`, or until `stop` is cancelled. A spurious
+    /// return is allowed: the lease then tries again, and bounds each wait by
+    /// [`LeaseSnapshot::expires_in`].
     ///
-    /// A store with notifications subscribes to changes before it checks for a change that has already happened. By
-    /// default this only sleeps. The lease then limits `by` to
+    /// A store with notifications subscribes to changes before it checks for a change that has
+    /// already happened. By default this only sleeps. The lease then limits `by` to
     /// [`acquire_retry_delay`](crate::LeaseBuilder::acquire_retry_delay), because
     /// [`wakes_waiters`](StoreProfile::wakes_waiters) is false.
     ///
     /// # Errors
-    /// After an error the lease tries again at its retry delay; a [`Permanent`](StoreError::Permanent) error ends the
-    /// acquisition.
+    /// After an error the lease tries again at its retry delay; a
+    /// [`Permanent`](StoreError::Permanent) error ends the acquisition.
     ///
     /// A store in memory that notifies every change through a condition variable:
     ///
@@ -218,7 +231,10 @@ pub trait LeaseStore: Send + Sync {
 /// Sleeps until `by` or `stop`.
 pub(in crate::lease) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
     match Wait::until(by.moment()).or_cancelled(stop).state() {
-        Some(wait_state) => wait_state.sleep(by.remaining()).map(drop).map_err(StoreError::not_applied),
+        Some(wait_state) => wait_state
+            .sleep(by.remaining())
+            .map(drop)
+            .map_err(StoreError::not_applied),
         None => Ok(()),
     }
 }

@@ -13,7 +13,10 @@ pub(super) mod etcd;
 pub(super) mod file;
 pub(super) mod lease_store;
 #[cfg(feature = "postgres")]
-#[allow(clippy::incompatible_msrv, reason = "its client needs a younger compiler than the rest of lockkit")]
+#[allow(
+    clippy::incompatible_msrv,
+    reason = "its client needs a younger compiler than the rest of lockkit"
+)]
 pub(super) mod postgres;
 #[cfg(feature = "redis")]
 pub(super) mod redis;

@@ -29,16 +29,17 @@ use crate::sys::fork::ProcessId;
 pub struct StoreProfile {
     /// The shortest ttl that the store can keep; zero by default.
     pub smallest_ttl: Duration,
-    /// The step of the ttl: every ttl is a whole multiple of this, so a lease asks for a longer ttl if needed. A
-    /// nanosecond by default.
+    /// The step of the ttl: every ttl is a whole multiple of this, so a lease asks for a longer ttl
+    /// if needed. A nanosecond by default.
     pub ttl_step: Duration,
     /// What the records survive.
     pub durability: Durability,
-    /// Whether [`wait_for_change`](crate::lease::LeaseStore::wait_for_change) wakes at a change; false by default.
+    /// Whether [`wait_for_change`](crate::lease::LeaseStore::wait_for_change) wakes at a change;
+    /// false by default.
     pub wakes_waiters: bool,
-    /// The failure domain: identifies what stores that hang together have in common, such as their server. While a
-    /// request to one of these stores hangs, the heartbeat sends no request to any of them. By default each store is on
-    /// its own.
+    /// The failure domain: identifies what stores that hang together have in common, such as their
+    /// server. While a request to one of these stores hangs, the heartbeat sends no request to any
+    /// of them. By default each store is on its own.
     pub failure_domain: Option<u64>,
 }
 
@@ -55,16 +56,18 @@ impl StoreProfile {
     }
 }
 
-/// What the records of a store survive, and so how far its leases and their tokens can be relied on. A part of its
-/// [`StoreProfile`].
+/// What the records of a store survive, and so how far its leases and their tokens can be relied
+/// on. A part of its [`StoreProfile`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Durability {
     /// The records last as long as the process: for tests.
     Memory,
-    /// The records survive what a file survives: the end of every process, and as a rule of the machine.
+    /// The records survive what a file survives: the end of every process, and as a rule of the
+    /// machine.
     Local,
-    /// The records survive the restart of the one primary server, but not the failover to another server.
+    /// The records survive the restart of the one primary server, but not the failover to another
+    /// server.
     Primary,
     /// The records survive the loss of any minority of the servers.
     Quorum,
@@ -89,7 +92,8 @@ impl LeaseName {
     /// Creates a name that every store can keep.
     ///
     /// # Errors
-    /// [`InvalidName`](ErrorKind::InvalidName) unless it has 1 to 200 bytes and no control characters.
+    /// [`InvalidName`](ErrorKind::InvalidName) unless it has 1 to 200 bytes and no control
+    /// characters.
     pub fn new(name: &str) -> Result<Self> {
         let rule = match name {
             "" => "it is empty",
@@ -97,7 +101,11 @@ impl LeaseName {
             name if name.contains(char::is_control) => "it has control characters",
             name => return Ok(Self(name.into())),
         };
-        Err(ErrorKind::InvalidName { name: name.chars().take(80).collect(), rule }.into())
+        Err(ErrorKind::InvalidName {
+            name: name.chars().take(80).collect(),
+            rule,
+        }
+        .into())
     }
 
     /// Creates the name of a file's lease, which the store knows by itself.
@@ -132,9 +140,14 @@ impl ClaimId {
     /// Creates a new id.
     pub fn random() -> Self {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        // The keys are random, but a forked child has its parent's keys. So the hashed value differs between any two
-        // calls that may have the same keys.
-        let call = (std::process::id(), ProcessId::current(), COUNT.fetch_add(1, Ordering::Relaxed), SystemClock.now());
+        // The keys are random, but a forked child has its parent's keys. So the hashed value
+        // differs between any two calls that may have the same keys.
+        let call = (
+            std::process::id(),
+            ProcessId::current(),
+            COUNT.fetch_add(1, Ordering::Relaxed),
+            SystemClock.now(),
+        );
         let keys = RandomState::new();
         Self(u128::from(keys.hash_one((0, call))) << 64 | u128::from(keys.hash_one((1, call))))
     }
@@ -157,8 +170,9 @@ impl fmt::Display for ClaimId {
     }
 }
 
-/// The result of an attempt to acquire, [`LeaseStore::try_acquire`](crate::lease::LeaseStore::try_acquire). The example
-/// of [`LeaseStore`](crate::lease::LeaseStore) makes both.
+/// The result of an attempt to acquire,
+/// [`LeaseStore::try_acquire`](crate::lease::LeaseStore::try_acquire). The example of
+/// [`LeaseStore`](crate::lease::LeaseStore) makes both.
 #[derive(Debug)]
 pub enum Attempt {
     /// The name is the claim's.
@@ -197,7 +211,14 @@ pub struct Grant {
 impl Grant {
     /// Creates the grant of `name` to `claim` for `ttl` from when the store got the request.
     pub fn new(name: &LeaseName, claim: &ClaimId, token: u64, ttl: Duration) -> Self {
-        Self { name: name.clone(), claim: *claim, token, ttl, handle: None, recovered: None }
+        Self {
+            name: name.clone(),
+            claim: *claim,
+            token,
+            ttl,
+            handle: None,
+            recovered: None,
+        }
     }
 
     /// Adds what the store needs to find the grant again, such as the number of a session.
@@ -206,7 +227,8 @@ impl Grant {
         self
     }
 
-    /// Records that the previous owner did not release, and the identity of that owner, if it is known.
+    /// Records that the previous owner did not release, and the identity of that owner, if it is
+    /// known.
     pub fn recovered_from(mut self, owner: Option<Owner>) -> Self {
         self.recovered = Some(Box::new(Recovered::new(owner)));
         self
@@ -237,8 +259,8 @@ impl Grant {
         self.handle.as_deref()?.downcast_ref()
     }
 
-    /// Returns from which owner the grant was recovered, if the previous owner did not release. The grant of a held
-    /// lease does not contain this any more, because the guard does.
+    /// Returns from which owner the grant was recovered, if the previous owner did not release. The
+    /// grant of a held lease does not contain this any more, because the guard does.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }
@@ -275,7 +297,13 @@ pub struct LeaseSnapshot {
 impl LeaseSnapshot {
     /// Creates a snapshot of a holder. Every change of the record must change `revision`.
     pub const fn new(revision: u64) -> Self {
-        Self { revision, claim: None, token: None, owner: None, expires_in: None }
+        Self {
+            revision,
+            claim: None,
+            token: None,
+            owner: None,
+            expires_in: None,
+        }
     }
 
     /// Adds the claim of the holder.
@@ -322,14 +350,15 @@ impl LeaseSnapshot {
         self.owner.as_deref()
     }
 
-    /// Returns the time from the snapshot to the expiry if no renewal comes, if that is known. Zero means that the
-    /// lease has expired, or that its owner is dead: the next process to ask takes it over.
+    /// Returns the time from the snapshot to the expiry if no renewal comes, if that is known. Zero
+    /// means that the lease has expired, or that its owner is dead: the next process to ask takes
+    /// it over.
     pub fn expires_in(&self) -> Option<Duration> {
         self.expires_in
     }
 
-    /// Returns whether both snapshots show the same holder, however often the holder renewed in between. For unreadable
-    /// records: whether both show the very same record.
+    /// Returns whether both snapshots show the same holder, however often the holder renewed in
+    /// between. For unreadable records: whether both show the very same record.
     pub fn is_same_holder(&self, other: &Self) -> bool {
         match (self.claim, other.claim) {
             (None, None) => self.revision == other.revision,
@@ -344,7 +373,8 @@ impl LeaseSnapshot {
 pub enum Renewal {
     /// The grant is valid for this long from when the lease sent the request.
     Extended {
-        /// The ttl that the store granted; for a session that keeps many names, what is left of the session's ttl.
+        /// The ttl that the store granted; for a session that keeps many names, what is left of the
+        /// session's ttl.
         ttl: Duration,
     },
     /// The name is not the claim's any more.
@@ -354,7 +384,8 @@ pub enum Renewal {
     },
 }
 
-/// The result of a release or an eviction. The example of [`LeaseStore`](crate::lease::LeaseStore) makes both.
+/// The result of a release or an eviction. The example of [`LeaseStore`](crate::lease::LeaseStore)
+/// makes both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Released {
     /// The name is free.
@@ -421,7 +452,10 @@ mod tests {
     fn new_name_checks_length_and_characters() {
         assert_eq!(LeaseName::new("a/b c").unwrap().as_str(), "a/b c");
         for bad in ["", "a\n", &"x".repeat(201)] {
-            assert!(matches!(LeaseName::new(bad).unwrap_err().kind(), ErrorKind::InvalidName { .. }));
+            assert!(matches!(
+                LeaseName::new(bad).unwrap_err().kind(),
+                ErrorKind::InvalidName { .. }
+            ));
         }
     }
 }

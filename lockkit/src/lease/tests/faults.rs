@@ -18,15 +18,26 @@ fn unanswered_grant_is_freed_by_heartbeat() {
     let lease = store.lease().acquire_retry_limit(0).build().unwrap();
     let is_free = || store.record.lock().1.is_none();
     store.loses_answer.store(true, Ordering::Relaxed);
-    assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Store { .. }));
+    assert!(matches!(
+        lease.try_lock().unwrap_err().kind(),
+        ErrorKind::Store { .. }
+    ));
     // By this clock the name would be held for ever.
     eventually("the grant is freed", is_free);
 
     store.hangs.store(true, Ordering::Relaxed);
-    assert!(matches!(lease.lock_for(MS).unwrap_err().kind(), ErrorKind::Store { .. }));
+    assert!(matches!(
+        lease.lock_for(MS).unwrap_err().kind(),
+        ErrorKind::Store { .. }
+    ));
     store.hangs.store(false, Ordering::Relaxed);
     let claim = store.last.lock().unwrap();
-    let late = store.try_acquire(&LeaseName::new("faulty").unwrap(), &claim, MS * 3000, Deadline::after(MS));
+    let late = store.try_acquire(
+        &LeaseName::new("faulty").unwrap(),
+        &claim,
+        MS * 3000,
+        Deadline::after(MS),
+    );
     assert!(matches!(late, Ok(Attempt::Granted(_))));
     clock.advance(MS * 250);
     eventually("a late grant is freed, too", is_free);
@@ -42,7 +53,10 @@ fn retry_after_lost_answer_returns_same_grant() {
     let clock = ManualClock::new();
     let store = FaultyStore::new(&clock);
     store.loses_answer.store(true, Ordering::Relaxed);
-    assert_eq!(store.lease().build().unwrap().try_lock().unwrap().token(), 1);
+    assert_eq!(
+        store.lease().build().unwrap().try_lock().unwrap().token(),
+        1
+    );
 }
 
 #[test]
@@ -56,7 +70,13 @@ fn acquire_after_late_answer_reports_recovery_once() {
 
     // If that is the last try, the next holder gets the report, once.
     store.answers_late.store(true, Ordering::Relaxed);
-    let error = store.lease().acquire_retry_limit(0).build().unwrap().try_lock().unwrap_err();
+    let error = store
+        .lease()
+        .acquire_retry_limit(0)
+        .build()
+        .unwrap()
+        .try_lock()
+        .unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}");
     for is_reported in [true, false] {
         let guard = store.lease().build().unwrap().try_lock().unwrap();
@@ -76,7 +96,11 @@ fn acquire_with_limit_ends_when_store_hangs() {
         matches!(error.kind(), ErrorKind::Store { .. }),
         "the store never answered that the lease is held: {error:?}"
     );
-    assert!(began.elapsed() >= MS * 100 && began.elapsed() < MS * 500, "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() >= MS * 100 && began.elapsed() < MS * 500,
+        "{:?}",
+        began.elapsed()
+    );
 }
 
 #[test]
@@ -84,7 +108,13 @@ fn acquire_from_failing_store_fails_after_retries() {
     let clock = ManualClock::new();
     let store = FaultyStore::new(&clock);
     store.fails.store(true, Ordering::Relaxed);
-    let error = store.lease().acquire_retry_limit(2).build().unwrap().try_lock().unwrap_err();
+    let error = store
+        .lease()
+        .acquire_retry_limit(2)
+        .build()
+        .unwrap()
+        .try_lock()
+        .unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}");
 }
 
@@ -95,7 +125,9 @@ fn heartbeat_follows_clock_of_lease() {
     let guard = store.lease().build().unwrap().lock().unwrap();
     for count in 1..=10 {
         clock.advance(MS * 250);
-        eventually("the lease is renewed", || store.renewals.load(Ordering::Relaxed) >= count);
+        eventually("the lease is renewed", || {
+            store.renewals.load(Ordering::Relaxed) >= count
+        });
         eventually("the lease is renewed", || guard.remaining() == MS * 2968);
     }
     store.panics.store(true, Ordering::Relaxed);
@@ -106,7 +138,10 @@ fn heartbeat_follows_clock_of_lease() {
     });
     assert!(guard.is_held());
     clock.advance(MS * 3000);
-    assert!(!guard.is_held(), "the first check after a jump finds the lease lost");
+    assert!(
+        !guard.is_held(),
+        "the first check after a jump finds the lease lost"
+    );
     assert!(matches!(guard.lost().reason(), Some(LossReason::Expired)));
 }
 
@@ -117,9 +152,13 @@ fn failed_renewals_lose_lease_at_deadline_with_reason() {
     let guard = store.lease().build().unwrap().lock().unwrap();
     store.fails.store(true, Ordering::Relaxed);
     clock.advance(MS * 300);
-    eventually("the store is asked", || store.renewals.load(Ordering::Relaxed) >= 1);
+    eventually("the store is asked", || {
+        store.renewals.load(Ordering::Relaxed) >= 1
+    });
     clock.advance(MS * 2600);
-    eventually("the store is asked", || store.renewals.load(Ordering::Relaxed) >= 2);
+    eventually("the store is asked", || {
+        store.renewals.load(Ordering::Relaxed) >= 2
+    });
     assert!(guard.is_held());
     clock.advance(MS * 100);
     assert!(matches!(guard.lost().reason(), Some(LossReason::Store(_))));
@@ -130,10 +169,20 @@ fn failed_renewals_lose_lease_at_deadline_with_reason() {
 #[test]
 fn hanging_store_keeps_leases_of_other_store() {
     let directory = TestDir::new();
-    let guard = Lease::file(directory.path()).ttl(MS * 1000).heartbeat(MS * 100).build().unwrap().lock().unwrap();
+    let guard = Lease::file(directory.path())
+        .ttl(MS * 1000)
+        .heartbeat(MS * 100)
+        .build()
+        .unwrap()
+        .lock()
+        .unwrap();
     let store = FaultyStore::new(&ManualClock::new());
     let hanging: Vec<_> = (0..50)
-        .map(|n| Lease::with_store(store.clone(), n.to_string()).build().unwrap())
+        .map(|n| {
+            Lease::with_store(store.clone(), n.to_string())
+                .build()
+                .unwrap()
+        })
         .map(|lease| {
             store.record.lock().1 = None;
             lease.lock().unwrap()
@@ -145,7 +194,11 @@ fn hanging_store_keeps_leases_of_other_store() {
         guard.check().unwrap();
         thread::sleep(MS * 10);
     }
-    assert!(directory.record().heartbeat_number() - before >= 10, "{}", directory.record().heartbeat_number() - before);
+    assert!(
+        directory.record().heartbeat_number() - before >= 10,
+        "{}",
+        directory.record().heartbeat_number() - before
+    );
     assert!(hanging.iter().all(|guard| !guard.is_held()));
     let began = Instant::now();
     drop(hanging);
@@ -157,8 +210,18 @@ fn ten_leases_of(store: &Arc<FaultyStore>) -> Vec<(LeaseGuard, mpsc::Receiver<u6
     let acquire = |name: usize| {
         store.record.lock().1 = None;
         let (report, reports) = mpsc::channel();
-        let lease = Lease::with_store(store.clone(), name.to_string()).ttl(MS * 600).heartbeat(MS * 50);
-        (lease.on_lost(move |loss| _ = report.send(loss.token)).build().unwrap().lock().unwrap(), reports)
+        let lease = Lease::with_store(store.clone(), name.to_string())
+            .ttl(MS * 600)
+            .heartbeat(MS * 50);
+        (
+            lease
+                .on_lost(move |loss| _ = report.send(loss.token))
+                .build()
+                .unwrap()
+                .lock()
+                .unwrap(),
+            reports,
+        )
     };
     (0..10).map(acquire).collect()
 }
@@ -166,25 +229,43 @@ fn ten_leases_of(store: &Arc<FaultyStore>) -> Vec<(LeaseGuard, mpsc::Receiver<u6
 fn lease_of_another_store_expires_and_is_reported() {
     let clock = ManualClock::new();
     let (report, reports) = mpsc::channel();
-    let other = FaultyStore::new(&clock).lease().on_lost(move |_| _ = report.send(())).build().unwrap().lock().unwrap();
+    let other = FaultyStore::new(&clock)
+        .lease()
+        .on_lost(move |_| _ = report.send(()))
+        .build()
+        .unwrap()
+        .lock()
+        .unwrap();
     let signal = other.lost().token();
     clock.advance(MS * 10_000);
-    reports.recv_timeout(MS * 1500).expect("the loss of the other lease is reported");
+    reports
+        .recv_timeout(MS * 1500)
+        .expect("the loss of the other lease is reported");
     assert!(signal.is_cancelled());
 }
 
 #[test]
 fn stuck_request_delays_no_other_renewal_or_loss_report() {
     let directory = TestDir::new();
-    let guard = Lease::file(directory.path()).ttl(MS * 400).heartbeat(MS * 50).build().unwrap().lock().unwrap();
+    let guard = Lease::file(directory.path())
+        .ttl(MS * 400)
+        .heartbeat(MS * 50)
+        .build()
+        .unwrap()
+        .lock()
+        .unwrap();
     let frozen = FaultyStore::new(&ManualClock::new());
     let mut stuck = ten_leases_of(&frozen);
     frozen.freezes.store(true, Ordering::Relaxed);
-    eventually("the store is asked", || frozen.renewals.load(Ordering::Relaxed) > 0);
+    eventually("the store is asked", || {
+        frozen.renewals.load(Ordering::Relaxed) > 0
+    });
     lease_of_another_store_expires_and_is_reported();
     for (guard, reports) in &stuck {
         assert_eq!(
-            reports.recv_timeout(MS * 2000).expect("the loss of each lease of the frozen store is reported"),
+            reports
+                .recv_timeout(MS * 2000)
+                .expect("the loss of each lease of the frozen store is reported"),
             guard.token()
         );
     }
@@ -194,14 +275,26 @@ fn stuck_request_delays_no_other_renewal_or_loss_report() {
         thread::sleep(MS * 5);
     }
     assert!(directory.record().heartbeat_number() - before > 10);
-    assert_eq!(frozen.renewals.load(Ordering::Relaxed), 1, "a failure domain has one stuck request");
+    assert_eq!(
+        frozen.renewals.load(Ordering::Relaxed),
+        1,
+        "a failure domain has one stuck request"
+    );
     let (lost, _) = stuck.swap_remove(5);
     let dropping = thread::spawn(move || drop(lost));
-    eventually("the drop of a lost guard does not hang", || dropping.is_finished());
+    eventually("the drop of a lost guard does not hang", || {
+        dropping.is_finished()
+    });
     frozen.freezes.store(false, Ordering::Relaxed);
     drop(stuck);
     frozen.record.lock().1 = None;
-    let again = frozen.lease().heartbeat(MS * 50).build().unwrap().lock().unwrap();
+    let again = frozen
+        .lease()
+        .heartbeat(MS * 50)
+        .build()
+        .unwrap()
+        .lock()
+        .unwrap();
     eventually("the store is asked again", || {
         frozen.clock.advance(MS);
         frozen.renewals.load(Ordering::Relaxed) > 3
@@ -212,10 +305,21 @@ fn stuck_request_delays_no_other_renewal_or_loss_report() {
 #[test]
 fn hanging_store_keeps_short_leases_of_other_store() {
     let directory = TestDir::new();
-    let guard = Lease::file(directory.path()).ttl(MS * 200).heartbeat(MS * 20).build().unwrap().lock().unwrap();
+    let guard = Lease::file(directory.path())
+        .ttl(MS * 200)
+        .heartbeat(MS * 20)
+        .build()
+        .unwrap()
+        .lock()
+        .unwrap();
     let hanging = FaultyStore::new(&ManualClock::new());
     // Each request of this store may take 2 s.
-    let _slow = Lease::with_store(hanging.clone(), "hanging").ttl(MS * 60_000).build().unwrap().lock().unwrap();
+    let _slow = Lease::with_store(hanging.clone(), "hanging")
+        .ttl(MS * 60_000)
+        .build()
+        .unwrap()
+        .lock()
+        .unwrap();
     hanging.hangs.store(true, Ordering::Relaxed);
     let began = Instant::now();
     while hanging.renewals.load(Ordering::Relaxed) < 2 {

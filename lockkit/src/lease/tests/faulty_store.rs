@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use super::fixtures::MS;
 use crate::lease::{
-    Attempt, ClaimId, Clock, Deadline, Durability, Grant, Lease, LeaseBuilder, LeaseName, LeaseSnapshot, LeaseStore,
-    ManualClock, Released, Renewal, StoreError, StoreProfile,
+    Attempt, ClaimId, Clock, Deadline, Durability, Grant, Lease, LeaseBuilder, LeaseName,
+    LeaseSnapshot, LeaseStore, ManualClock, Released, Renewal, StoreError, StoreProfile,
 };
 
 /// A store in memory with a clock of its own, which fails as these fields say.
@@ -50,7 +50,9 @@ impl FaultyStore {
     }
 
     pub(super) fn lease(self: &Arc<Self>) -> LeaseBuilder {
-        Lease::with_store(self.clone(), "faulty").clock(Arc::new(self.clock.clone())).acquire_retry_delay(MS)
+        Lease::with_store(self.clone(), "faulty")
+            .clock(Arc::new(self.clock.clone()))
+            .acquire_retry_delay(MS)
     }
 }
 
@@ -87,14 +89,20 @@ impl LeaseStore for FaultyStore {
         let now = self.clock.now();
         match holder {
             Some((held, until)) if held != claim && *until > now => {
-                return Ok(Attempt::Busy(LeaseSnapshot::new(*token).with_expires_in(*until - now)));
+                return Ok(Attempt::Busy(
+                    LeaseSnapshot::new(*token).with_expires_in(*until - now),
+                ));
             }
             Some((held, _)) if held == claim => {}
             _ => *token += 1,
         }
         *holder = Some((*claim, now + ttl));
         let grant = Grant::new(name, claim, *token, ttl);
-        let grant = if self.has_recovery.swap(false, Ordering::Relaxed) { grant.recovered_from(None) } else { grant };
+        let grant = if self.has_recovery.swap(false, Ordering::Relaxed) {
+            grant.recovered_from(None)
+        } else {
+            grant
+        };
         if self.answers_late.swap(false, Ordering::Relaxed) {
             self.clock.advance(ttl);
             return Ok(Attempt::Granted(grant.recovered_from(None)));
@@ -137,17 +145,32 @@ impl LeaseStore for FaultyStore {
     }
 
     fn abandon(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError> {
-        self.has_recovery.store(grant.recovered().is_some(), Ordering::Relaxed);
+        self.has_recovery
+            .store(grant.recovered().is_some(), Ordering::Relaxed);
         self.release(grant, by)
     }
 
     fn get(&self, _: &LeaseName, _: Deadline) -> Result<Option<LeaseSnapshot>, StoreError> {
         let (token, holder) = &*self.record.lock();
-        Ok(holder.map(|(claim, _)| LeaseSnapshot::new(*token).with_claim(claim).with_token(*token)))
+        Ok(holder.map(|(claim, _)| {
+            LeaseSnapshot::new(*token)
+                .with_claim(claim)
+                .with_token(*token)
+        }))
     }
 
-    fn evict(&self, _: &LeaseName, snapshot: &LeaseSnapshot, _: Deadline) -> Result<Released, StoreError> {
-        match self.record.lock().1.take_if(|(claim, _)| Some(*claim) == snapshot.claim()) {
+    fn evict(
+        &self,
+        _: &LeaseName,
+        snapshot: &LeaseSnapshot,
+        _: Deadline,
+    ) -> Result<Released, StoreError> {
+        match self
+            .record
+            .lock()
+            .1
+            .take_if(|(claim, _)| Some(*claim) == snapshot.claim())
+        {
             Some(_) => Ok(Released::Done),
             None => Ok(Released::NotMine),
         }

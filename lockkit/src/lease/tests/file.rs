@@ -64,7 +64,10 @@ fn token_ahead_of_clock_still_grows() {
     assert_eq!(lease.try_lock().unwrap().token(), ahead + 2);
     directory.write(held_by(&Owner::ended(1), 1 << 54));
     let error = lease.try_lock().unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::LayoutMismatch { .. }),
+        "{error}"
+    );
     assert!(error.to_string().contains("centuries ahead"), "{error}");
 }
 
@@ -79,7 +82,10 @@ fn silent_remote_holder_taken_over_after_ttl() {
     let took = began.elapsed();
     assert!(took >= MS * 300 && took < MS * 600, "{took:?}");
     assert!(guard.token() > 1_700_000_000_000_000);
-    assert_eq!(guard.recovered().unwrap().owner().unwrap().host(), Some("elsewhere"));
+    assert_eq!(
+        guard.recovered().unwrap().owner().unwrap().host(),
+        Some("elsewhere")
+    );
 }
 
 #[test]
@@ -102,7 +108,10 @@ fn repeated_single_tries_take_over_silent_holder() {
         thread::sleep(MS * 20);
     };
     let took = began.elapsed();
-    assert!(took >= MS * 300 && took < MS * 600 && tries > 3, "{took:?}, {tries}");
+    assert!(
+        took >= MS * 300 && took < MS * 600 && tries > 3,
+        "{took:?}, {tries}"
+    );
 }
 
 #[test]
@@ -119,9 +128,17 @@ fn damaged_record_is_held_then_reclaimed() {
     for damaged in ["", &zeros, "lockkit lease 1\n", "lockkit"] {
         let directory = TestDir::new();
         fs::write(directory.path(), damaged).unwrap();
-        let lease = directory.lease().invalid_pid_lock_stale_threshold(MS * 200).build().unwrap();
+        let lease = directory
+            .lease()
+            .invalid_pid_lock_stale_threshold(MS * 200)
+            .build()
+            .unwrap();
         assert!(lease.try_lock().unwrap_err().is_held());
-        assert_eq!(fs::read(directory.path()).unwrap(), damaged.as_bytes(), "a fresh file is not written");
+        assert_eq!(
+            fs::read(directory.path()).unwrap(),
+            damaged.as_bytes(),
+            "a fresh file is not written"
+        );
         let began = Instant::now();
         let guard = lease.lock_for(MS * 5000).unwrap();
         assert!(began.elapsed() < MS * 500);
@@ -132,16 +149,34 @@ fn damaged_record_is_held_then_reclaimed() {
 #[test]
 fn acquire_foreign_file_fails_and_keeps_it() {
     let directory = TestDir::new();
-    let lease = directory.lease().invalid_pid_lock_stale_threshold(MS * 50).build().unwrap();
+    let lease = directory
+        .lease()
+        .invalid_pid_lock_stale_threshold(MS * 50)
+        .build()
+        .unwrap();
     let snapshot = LeaseSnapshot::new(format::fingerprint(b"4242\n"));
-    for foreign in ["4242\n", "\n", "{}", &"x".repeat(3000), &"\0".repeat(SIZE + 1)] {
+    for foreign in [
+        "4242\n",
+        "\n",
+        "{}",
+        &"x".repeat(3000),
+        &"\0".repeat(SIZE + 1),
+    ] {
         fs::write(directory.path(), foreign).unwrap();
         let began = Instant::now();
-        let refused = [lease.lock().err(), lease.try_lock().err(), lease.status().err(), lease.evict(&snapshot).err()]
-            .map(Option::unwrap);
+        let refused = [
+            lease.lock().err(),
+            lease.try_lock().err(),
+            lease.status().err(),
+            lease.evict(&snapshot).err(),
+        ]
+        .map(Option::unwrap);
         assert!(began.elapsed() < MS * 1000);
         for error in refused {
-            assert!(matches!(error.kind(), ErrorKind::NotALease { .. }), "{error}");
+            assert!(
+                matches!(error.kind(), ErrorKind::NotALease { .. }),
+                "{error}"
+            );
         }
         assert_eq!(fs::read(directory.path()).unwrap(), foreign.as_bytes());
     }
@@ -151,14 +186,20 @@ fn acquire_foreign_file_fails_and_keeps_it() {
 fn holder_of_foreign_file_never_writes_it() {
     let directory = TestDir::new();
     let (report, reports) = mpsc::channel();
-    let lease = directory.lease().ttl(MS * 400).on_lost(move |loss| report.send(loss.reason.to_string()).unwrap());
+    let lease = directory
+        .lease()
+        .ttl(MS * 400)
+        .on_lost(move |loss| report.send(loss.reason.to_string()).unwrap());
     let lease = lease.build().unwrap();
     for releases in [true, false] {
         let guard = lease.lock().unwrap();
         fs::write(directory.path(), "notes").unwrap();
         if releases {
             let error = guard.release().unwrap_err();
-            assert!(matches!(error.kind(), ErrorKind::NotALease { .. }), "{error}");
+            assert!(
+                matches!(error.kind(), ErrorKind::NotALease { .. }),
+                "{error}"
+            );
         } else {
             let reason = reports.recv_timeout(MS * 5000).unwrap();
             assert!(reason.contains("is not a lease"), "{reason}");
@@ -172,7 +213,11 @@ fn holder_of_foreign_file_never_writes_it() {
 #[test]
 fn damaged_record_stays_held_until_holder_repairs_it() {
     let directory = TestDir::new();
-    let lease = Lease::file(directory.path()).ttl(MS * 30_000).heartbeat(MS * 10_000).build().unwrap();
+    let lease = Lease::file(directory.path())
+        .ttl(MS * 30_000)
+        .heartbeat(MS * 10_000)
+        .build()
+        .unwrap();
     let guard = lease.lock().unwrap();
     fs::write(directory.path(), "lockkit lease 1\n").unwrap();
     assert!(lease.lock_for(MS * 2300).unwrap_err().is_timeout());
@@ -185,7 +230,10 @@ fn acquire_record_of_later_version_fails_and_keeps_it() {
     fs::write(directory.path(), "lockkit lease 2\n").unwrap();
     let lease = directory.lease().build().unwrap();
     for error in [lease.try_lock().unwrap_err(), lease.status().unwrap_err()] {
-        assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error:?}");
+        assert!(
+            matches!(error.kind(), ErrorKind::LayoutMismatch { .. }),
+            "{error:?}"
+        );
     }
     assert_eq!(fs::read(directory.path()).unwrap(), b"lockkit lease 2\n");
 }
@@ -206,7 +254,8 @@ fn holder_repairs_damaged_or_deleted_record() {
     for damage in damages {
         damage();
         eventually("the record is repaired", || {
-            fs::read(directory.path()).is_ok_and(|bytes| matches!(format::parse(&bytes), Content::Ours(_)))
+            fs::read(directory.path())
+                .is_ok_and(|bytes| matches!(format::parse(&bytes), Content::Ours(_)))
         });
         assert_eq!(directory.record().token(), guard.token());
     }
@@ -218,10 +267,14 @@ fn heartbeat_number_is_never_repeated() {
     let directory = TestDir::new();
     let guard = directory.lease().build().unwrap().lock().unwrap();
     let old = directory.record();
-    eventually("the lease is renewed", || directory.record().heartbeat_number() > old.heartbeat_number() + 2);
+    eventually("the lease is renewed", || {
+        directory.record().heartbeat_number() > old.heartbeat_number() + 2
+    });
     let last = directory.record().heartbeat_number();
     directory.write(old);
-    eventually("the lease is renewed", || directory.record().heartbeat_number() > last);
+    eventually("the lease is renewed", || {
+        directory.record().heartbeat_number() > last
+    });
     drop(guard);
 }
 
@@ -229,22 +282,40 @@ fn heartbeat_number_is_never_repeated() {
 fn renewal_finding_foreign_record_loses_lease_once() {
     let directory = TestDir::new();
     let (report, reports) = mpsc::channel();
-    let lease = directory.lease().on_lost(move |loss| report.send(loss.clone()).unwrap()).build().unwrap();
+    let lease = directory
+        .lease()
+        .on_lost(move |loss| report.send(loss.clone()).unwrap())
+        .build()
+        .unwrap();
     let guard = lease.lock().unwrap();
     let signal = guard.lost();
     let mut foreign = held_by(&remote_owner(), 3);
     let foreign_bytes = *foreign.seal();
     directory.write(foreign);
     let loss = reports.recv_timeout(MS * 2000).unwrap();
-    assert!(matches!(&loss.reason, LossReason::TakenOver { by: Some(by) } if by.host() == Some("elsewhere")));
+    assert!(
+        matches!(&loss.reason, LossReason::TakenOver { by: Some(by) } if by.host() == Some("elsewhere"))
+    );
     assert_eq!(loss.token, guard.token());
     assert!(!guard.is_held() && signal.is_lost() && signal.token().is_cancelled());
     assert_eq!(guard.remaining(), Duration::ZERO);
-    assert!(matches!(guard.check().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
-    assert!(matches!(guard.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
-    assert!(matches!(signal.reason(), Some(LossReason::TakenOver { .. })), "the reason stays");
+    assert!(matches!(
+        guard.check().unwrap_err().kind(),
+        ErrorKind::LeaseLost { .. }
+    ));
+    assert!(matches!(
+        guard.release().unwrap_err().kind(),
+        ErrorKind::LeaseLost { .. }
+    ));
+    assert!(
+        matches!(signal.reason(), Some(LossReason::TakenOver { .. })),
+        "the reason stays"
+    );
     assert_eq!(fs::read(directory.path()).unwrap(), foreign_bytes);
-    assert!(reports.recv_timeout(MS * 100).is_err(), "the loss is reported once");
+    assert!(
+        reports.recv_timeout(MS * 100).is_err(),
+        "the loss is reported once"
+    );
 }
 
 #[test]
@@ -254,15 +325,37 @@ fn acquire_link_or_special_file_fails_as_insecure() {
     let lease = directory.lease().build().unwrap();
     drop(lease.lock().unwrap());
     fs::hard_link(directory.path(), directory.0.join("second")).unwrap();
-    assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Insecure { .. }));
+    assert!(matches!(
+        lease.try_lock().unwrap_err().kind(),
+        ErrorKind::Insecure { .. }
+    ));
     fs::remove_file(directory.path()).unwrap();
     std::os::unix::fs::symlink("second", directory.path()).unwrap();
-    assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Insecure { .. }));
-    assert!(matches!(lease.status().unwrap_err().kind(), ErrorKind::Insecure { .. }));
+    assert!(matches!(
+        lease.try_lock().unwrap_err().kind(),
+        ErrorKind::Insecure { .. }
+    ));
+    assert!(matches!(
+        lease.status().unwrap_err().kind(),
+        ErrorKind::Insecure { .. }
+    ));
     fs::remove_file(directory.path()).unwrap();
-    assert!(std::process::Command::new("mkfifo").arg(directory.path()).status().unwrap().success());
-    for error in [lease.try_lock().unwrap_err(), lease.status().unwrap_err(), lease.owner().unwrap_err()] {
-        assert!(matches!(error.kind(), ErrorKind::Insecure { .. }), "{error:?}");
+    assert!(
+        std::process::Command::new("mkfifo")
+            .arg(directory.path())
+            .status()
+            .unwrap()
+            .success()
+    );
+    for error in [
+        lease.try_lock().unwrap_err(),
+        lease.status().unwrap_err(),
+        lease.owner().unwrap_err(),
+    ] {
+        assert!(
+            matches!(error.kind(), ErrorKind::Insecure { .. }),
+            "{error:?}"
+        );
     }
     let directory_itself = Lease::file(&directory.0).build().unwrap();
     assert!(directory_itself.try_lock().is_err());
@@ -281,7 +374,14 @@ fn create_parents_creates_directories_with_modes() {
         "{error}"
     );
     assert!(!directory.0.join("a").exists());
-    drop(Lease::file(&path).create_parents().build().unwrap().lock().unwrap());
+    drop(
+        Lease::file(&path)
+            .create_parents()
+            .build()
+            .unwrap()
+            .lock()
+            .unwrap(),
+    );
     let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
 }

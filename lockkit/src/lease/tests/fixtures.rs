@@ -18,7 +18,11 @@ pub(super) struct TestDir(pub(super) PathBuf);
 impl TestDir {
     pub(super) fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let base = if cfg!(target_os = "linux") { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
+        let base = if cfg!(target_os = "linux") {
+            PathBuf::from("/dev/shm")
+        } else {
+            std::env::temp_dir()
+        };
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = base.join(format!("lockkit-lease-{}-{count}", std::process::id()));
         fs::create_dir(&path).unwrap();
@@ -53,7 +57,11 @@ impl Drop for TestDir {
 
 /// Returns an owner on another host, whose liveness is unknown here.
 pub(super) fn remote_owner() -> Owner {
-    Owner { host: Some("elsewhere".into()), boot: Some(7), ..Owner::current() }
+    Owner {
+        host: Some("elsewhere".into()),
+        boot: Some(7),
+        ..Owner::current()
+    }
 }
 
 /// Creates the record of a holder with a ttl of 300 ms.

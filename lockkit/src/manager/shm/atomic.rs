@@ -1,4 +1,5 @@
-//! The atomics of the algorithms here: the standard ones, or those of [loom], which explores every order of events.
+//! The atomics of the algorithms here: the standard ones, or those of [loom], which explores every
+//! order of events.
 //!
 //! [loom]: https://docs.rs/loom
 

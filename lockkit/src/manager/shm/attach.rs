@@ -29,11 +29,12 @@ pub(super) struct Attached {
     /// The cells of `table`.
     pub(super) cells: &'static [Cell],
     pub(super) capacity: u32,
-    /// The owner number of this process in lock words. The upper half is the fork generation for which it is valid.
+    /// The owner number of this process in lock words. The upper half is the fork generation for
+    /// which it is valid.
     own_number: AtomicU64,
-    /// The open file that holds the slot's lock. This mutex is locked with forks held off. A forked child's copy holds
-    /// nothing. The mapping uses another open file, because a mapping keeps its file open, and a child keeps the
-    /// mapping.
+    /// The open file that holds the slot's lock. This mutex is locked with forks held off. A forked
+    /// child's copy holds nothing. The mapping uses another open file, because a mapping keeps its
+    /// file open, and a child keeps the mapping.
     slot: Mutex<ForkGuarded<File>>,
 }
 
@@ -42,26 +43,32 @@ static ATTACHED: Mutex<Vec<&'static Attached>> = Mutex::new(Vec::new());
 
 impl Attached {
     pub(super) fn at(path: PathBuf) -> Result<&'static Self> {
-        // Files are opened and closed without the mutex, because forks are held off while it is locked.
+        // Files are opened and closed without the mutex, because forks are held off while it is
+        // locked.
         let slot = open_file(&path)?;
         let (identity, capacity) = check(&path, &slot)?;
         let mapped = open_file(&path)?;
         if self::identity(&path, &mapped)? != identity {
             return Err(ErrorKind::RogueDeletion { path }.into());
         }
-        // A process that shortens the file kills every process that uses it. A memfd that was created with
-        // MFD_ALLOW_SEALING can be sealed against that; every other file refuses.
+        // A process that shortens the file kills every process that uses it. A memfd that was
+        // created with MFD_ALLOW_SEALING can be sealed against that; every other file refuses.
         if fcntl_add_seals(&*mapped, SealFlags::SHRINK).is_ok() {
             step("table sealed");
         }
         let no_fork = NoFork::hold();
         let mut attached = ATTACHED.lock();
-        if let Some(known) = attached.iter().copied().find(|known| known.identity == identity) {
+        if let Some(known) = attached
+            .iter()
+            .copied()
+            .find(|known| known.identity == identity)
+        {
             drop((attached, no_fork));
             known.check_slot()?;
             return Ok(known);
         }
-        let table = Table::map(&mapped, capacity).map_err(|error| Error::io("map", &path, error))?;
+        let table =
+            Table::map(&mapped, capacity).map_err(|error| Error::io("map", &path, error))?;
         let own_number = slots::take_slot(&table, &path, &slot)?;
         let table: &'static Table = Box::leak(Box::new(table));
         let attached_now: &'static Self = Box::leak(Box::new(Self {
@@ -93,12 +100,16 @@ impl Attached {
         }
     }
 
-    /// Takes another slot for this process: a forked child has no slot, and closing the descriptor gives a slot up.
+    /// Takes another slot for this process: a forked child has no slot, and closing the descriptor
+    /// gives a slot up.
     #[cold]
     fn take_new_slot(&self) -> Result<u32> {
         let mut own = open_file(&self.path)?;
         if identity(&self.path, &own)? != self.identity {
-            return Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into());
+            return Err(ErrorKind::RogueDeletion {
+                path: self.path.clone(),
+            }
+            .into());
         }
         let _no_fork = NoFork::hold();
         let mut slot = self.slot.lock();
@@ -147,18 +158,23 @@ impl Attached {
         Ok(())
     }
 
-    /// Returns the owner number, as [`own_number`](Self::own_number) does. Takes another slot if the program has closed
-    /// the slot's descriptor.
+    /// Returns the owner number, as [`own_number`](Self::own_number) does. Takes another slot if
+    /// the program has closed the slot's descriptor.
     pub(super) fn check_slot(&self) -> Result<u32> {
         let own_number = self.own_number()?;
         let is_own = {
             let _no_fork = NoFork::hold();
             self.slot.lock().is_own()
         };
-        if is_own { Ok(own_number) } else { self.take_new_slot() }
+        if is_own {
+            Ok(own_number)
+        } else {
+            self.take_new_slot()
+        }
     }
 
-    /// Returns whether the owner of a lock has died. If the kernel does not answer, the owner counts as alive.
+    /// Returns whether the owner of a lock has died. If the kernel does not answer, the owner
+    /// counts as alive.
     pub(super) fn is_dead(&self, owner: u32) -> bool {
         if !slots::has_generation_of(self.table, owner) {
             return true;
@@ -171,7 +187,8 @@ impl Attached {
         if file.is_own() {
             return ofd::is_locked(&file, slots::byte_of(owner)).is_ok_and(|locked| !locked);
         }
-        // Every owner would seem dead in another file that reused the descriptor. The next check uses a new descriptor.
+        // Every owner would seem dead in another file that reused the descriptor. The next check
+        // uses a new descriptor.
         drop((file, no_fork));
         let _ = self.take_new_slot();
         false
@@ -196,38 +213,62 @@ impl fmt::Debug for Attached {
 pub(super) fn open_file(path: &Path) -> Result<ForkGuarded<File>> {
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     // A link in /proc/self/fd is made by the kernel, and leads to the open file itself.
-    let is_in_proc = |directory: &Path| statfs(directory).is_ok_and(|found| found.f_type == PROC_SUPER_MAGIC);
+    let is_in_proc =
+        |directory: &Path| statfs(directory).is_ok_and(|found| found.f_type == PROC_SUPER_MAGIC);
     if !path.parent().is_some_and(is_in_proc) {
         flags |= OFlags::NOFOLLOW;
     }
     let mut options = File::options();
-    options.read(true).write(true).custom_flags(flags.bits() as i32);
-    ForkGuarded::new(|| options.open(path)).map(ForkGuarded::know).map_err(|error| match error.kind() {
-        io::ErrorKind::IsADirectory => not_a_plain_file(path),
-        _ => Error::io("open", path, error),
-    })
+    options
+        .read(true)
+        .write(true)
+        .custom_flags(flags.bits() as i32);
+    ForkGuarded::new(|| options.open(path))
+        .map(ForkGuarded::know)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::IsADirectory => not_a_plain_file(path),
+            _ => Error::io("open", path, error),
+        })
 }
 
 fn not_a_plain_file(path: &Path) -> Error {
-    ErrorKind::LayoutMismatch { path: path.to_owned(), problem: "it is not a plain file" }.into()
+    ErrorKind::LayoutMismatch {
+        path: path.to_owned(),
+        problem: "it is not a plain file",
+    }
+    .into()
 }
 
 fn identity(path: &Path, file: &File) -> Result<(u64, u64)> {
-    let found = file.metadata().map_err(|error| Error::io("inspect", path, error))?;
+    let found = file
+        .metadata()
+        .map_err(|error| Error::io("inspect", path, error))?;
     Ok((found.dev(), found.ino()))
 }
 
 /// Checks a file before any of it is mapped. Returns its identity and the number of its locks.
 fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
-    let mismatch = |problem| Error::from(ErrorKind::LayoutMismatch { path: path.to_owned(), problem });
-    let found = file.metadata().map_err(|error| Error::io("inspect", path, error))?;
+    let mismatch = |problem| {
+        Error::from(ErrorKind::LayoutMismatch {
+            path: path.to_owned(),
+            problem,
+        })
+    };
+    let found = file
+        .metadata()
+        .map_err(|error| Error::io("inspect", path, error))?;
     if !found.is_file() {
         return Err(not_a_plain_file(path));
     }
     // Another owner could shorten the mapped file.
     if found.uid() != 0 && !runtime_dir::is_own(file, &found) {
         let lock = format!("the lock table {}", path.display());
-        return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
+        return Err(ErrorKind::ForeignOwner {
+            lock,
+            uid: found.uid(),
+            pid: None,
+        }
+        .into());
     }
     let mut header = [0; 20];
     match file.read_exact_at(&mut header, 0) {
@@ -235,7 +276,9 @@ fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
             let capacity = layout::capacity(&header, found.len()).map_err(mismatch)?;
             Ok(((found.dev(), found.ino()), capacity))
         }
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(mismatch("it is too short")),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Err(mismatch("it is too short"))
+        }
         Err(error) => Err(Error::io("read", path, error)),
     }
 }
@@ -244,7 +287,11 @@ fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
 pub(super) fn table_of(cell: &'static Cell) -> Option<(&'static Attached, u32)> {
     let cell = std::ptr::from_ref(cell);
     let _no_fork = NoFork::hold();
-    let table = ATTACHED.lock().iter().copied().find(|table| table.cells.as_ptr_range().contains(&cell))?;
+    let table = ATTACHED
+        .lock()
+        .iter()
+        .copied()
+        .find(|table| table.cells.as_ptr_range().contains(&cell))?;
     let offset = cell.addr() - table.cells.as_ptr().addr();
     Some((table, (offset / size_of::<Cell>()) as u32))
 }

@@ -1,17 +1,19 @@
-//! The allocation of the numbers of a table: a bit for each number, and an upper bit for each full word of bits.
+//! The allocation of the numbers of a table: a bit for each number, and an upper bit for each full
+//! word of bits.
 //!
-//! The bits decide. A compare-and-swap takes one, so no number is allocated twice. The rest makes the search fast: a
-//! hint stores the last place with room, and the upper bits skip full words, 4096 numbers at a time. Both may be wrong
-//! briefly, or for longer after a kill between two writes. A search that finds nothing with them checks every word
-//! before it fails.
+//! The bits decide. A compare-and-swap takes one, so no number is allocated twice. The rest makes
+//! the search fast: a hint stores the last place with room, and the upper bits skip full words,
+//! 4096 numbers at a time. Both may be wrong briefly, or for longer after a kill between two
+//! writes. A search that finds nothing with them checks every word before it fails.
 //!
-//! The count is a separate word. A kill between the change of a bit and that of the count leaves the count wrong by
-//! one. A recount corrects it when a process finds the table full, or when the count is first read after a process has
-//! attached.
+//! The count is a separate word. A kill between the change of a bit and that of the count leaves
+//! the count wrong by one. A recount corrects it when a process finds the table full, or when the
+//! count is first read after a process has attached.
 //!
-//! The upper half of the count counts the changes, so that a recount notices a change in between. The upper half of
-//! that counts the recounts. So a process that has changed a bit, but not yet the count, notices a recount in between.
-//! That recount may have seen the bit or not, so the process recounts.
+//! The upper half of the count counts the changes, so that a recount notices a change in between.
+//! The upper half of that counts the recounts. So a process that has changed a bit, but not yet the
+//! count, notices a recount in between. That recount may have seen the bit or not, so the process
+//! recounts.
 
 use super::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sys::failpoint::step;
@@ -26,15 +28,23 @@ const EXACT: u32 = 0;
 pub(super) const MAY_BE_STALE: u32 = 1;
 /// `count_state`: a process recounts, and may have been killed.
 const RECOUNTING: u32 = 2;
-/// The change of the count by a recount. So many changes look like a recount, too, which costs an unnecessary recount.
+/// The change of the count by a recount. So many changes look like a recount, too, which costs an
+/// unnecessary recount.
 const RECOUNT: u64 = 1 << 48;
 
-/// Returns how many bits are set. Most words of a large table are empty, so they are read a cache line at a time.
-/// Without an instruction for it, counting bits takes ten times as long as reading them.
+/// Returns how many bits are set. Most words of a large table are empty, so they are read a cache
+/// line at a time. Without an instruction for it, counting bits takes ten times as long as reading
+/// them.
 fn count_set_bits(words: &[AtomicU64]) -> u32 {
     const LINE: usize = 8;
     let load = |word: &AtomicU64| word.load(Ordering::SeqCst);
-    let count = |word: u64| if word == u64::MAX { BITS } else { word.count_ones() };
+    let count = |word: u64| {
+        if word == u64::MAX {
+            BITS
+        } else {
+            word.count_ones()
+        }
+    };
     let in_line = |line: &[AtomicU64]| match line.iter().fold(0, |any, word| any | load(word)) {
         0 => 0,
         _ => line.iter().map(|word| count(load(word))).sum(),
@@ -77,12 +87,19 @@ impl Bitmap<'_> {
 
     #[cold]
     fn allocate_from(&self, start: usize) -> Option<u32> {
-        let (upper, from) = (start / BITS as usize % self.full.len(), start % BITS as usize);
+        let (upper, from) = (
+            start / BITS as usize % self.full.len(),
+            start % BITS as usize,
+        );
         for round in 0..=self.full.len() {
             let at = (upper + round) % self.full.len();
             // The first round starts behind the hint; the last round covers the part before it.
-            let mut not_full =
-                !self.full[at].load(Ordering::Relaxed) & if round == 0 { u64::MAX << from } else { u64::MAX };
+            let mut not_full = !self.full[at].load(Ordering::Relaxed)
+                & if round == 0 {
+                    u64::MAX << from
+                } else {
+                    u64::MAX
+                };
             while not_full != 0 {
                 let word = at * BITS as usize + not_full.trailing_zeros() as usize;
                 not_full &= not_full - 1;
@@ -124,7 +141,8 @@ impl Bitmap<'_> {
     pub(super) fn free(&self, id: u32) -> bool {
         let word = (id / BITS) as usize;
         let epoch = self.epoch();
-        if self.words[word].fetch_and(!(1 << (id % BITS)), Ordering::SeqCst) & 1 << (id % BITS) == 0 {
+        if self.words[word].fetch_and(!(1 << (id % BITS)), Ordering::SeqCst) & 1 << (id % BITS) == 0
+        {
             return false;
         }
         self.count_frees(epoch, word, ONE_LESS);
@@ -146,10 +164,16 @@ impl Bitmap<'_> {
     /// Returns how many numbers are not allocated. Recounts first if the count is in doubt.
     pub(super) fn available(&self) -> u32 {
         if self.count_state.load(Ordering::SeqCst) != EXACT {
-            // The count may come into doubt again meanwhile. It stays in doubt if other processes change it too fast.
+            // The count may come into doubt again meanwhile. It stays in doubt if other processes
+            // change it too fast.
             self.count_state.store(RECOUNTING, Ordering::SeqCst);
             if self.recount() {
-                let _ = self.count_state.compare_exchange(RECOUNTING, EXACT, Ordering::SeqCst, Ordering::Relaxed);
+                let _ = self.count_state.compare_exchange(
+                    RECOUNTING,
+                    EXACT,
+                    Ordering::SeqCst,
+                    Ordering::Relaxed,
+                );
             }
         }
         self.capacity - self.allocated()
@@ -170,7 +194,11 @@ impl Bitmap<'_> {
             let before = self.count.load(Ordering::SeqCst);
             let bits = count_set_bits(self.words);
             let after = (before >> 32 << 32).wrapping_add(RECOUNT) | u64::from(bits);
-            if self.count.compare_exchange(before, after, Ordering::SeqCst, Ordering::Relaxed).is_ok() {
+            if self
+                .count
+                .compare_exchange(before, after, Ordering::SeqCst, Ordering::Relaxed)
+                .is_ok()
+            {
                 return true;
             }
         }
@@ -202,7 +230,12 @@ impl Bitmap<'_> {
                 return None;
             }
             let lowest = free & free.wrapping_neg();
-            match self.words[word].compare_exchange_weak(seen, seen | lowest, Ordering::SeqCst, Ordering::Relaxed) {
+            match self.words[word].compare_exchange_weak(
+                seen,
+                seen | lowest,
+                Ordering::SeqCst,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => {
                     self.count_allocation(epoch);
                     return Some(word as u32 * BITS + lowest.trailing_zeros());
@@ -219,13 +252,15 @@ impl Bitmap<'_> {
         step("allocation counted");
     }
 
-    /// Makes the next searches skip a word in which a search found no room. Allocating the last number of a word does
-    /// not mark it yet: if that number is allocated and freed again and again, the mark would change each time, too.
+    /// Makes the next searches skip a word in which a search found no room. Allocating the last
+    /// number of a word does not mark it yet: if that number is allocated and freed again and
+    /// again, the mark would change each time, too.
     fn mark_full(&self, word: usize) {
         let upper = &self.full[word / BITS as usize];
         upper.fetch_or(bit(word), Ordering::SeqCst);
         step("word marked full");
-        // Another process may have freed a number in the word before the mark was set, and so did not clear the mark.
+        // Another process may have freed a number in the word before the mark was set, and so did
+        // not clear the mark.
         if !self.is_full(word) {
             upper.fetch_and(!bit(word), Ordering::SeqCst);
         }
@@ -284,12 +319,31 @@ mod tests {
         fn new(capacity: u32) -> Self {
             let words = capacity.div_ceil(BITS);
             let zeros = |count: u32| (0..count).map(|_| AtomicU64::new(0)).collect();
-            Self { words: zeros(words), full: zeros(words.div_ceil(BITS)), capacity, ..Self::default() }
+            Self {
+                words: zeros(words),
+                full: zeros(words.div_ceil(BITS)),
+                capacity,
+                ..Self::default()
+            }
         }
 
         fn bitmap(&self) -> Bitmap<'_> {
-            let Self { words, full, count, count_state, hint, capacity } = self;
-            Bitmap { words, full, count, count_state, hint, capacity: *capacity }
+            let Self {
+                words,
+                full,
+                count,
+                count_state,
+                hint,
+                capacity,
+            } = self;
+            Bitmap {
+                words,
+                full,
+                count,
+                count_state,
+                hint,
+                capacity: *capacity,
+            }
         }
     }
 
@@ -321,7 +375,9 @@ mod tests {
         let mut set = BTreeSet::new();
         let mut random: u64 = 42;
         for _ in 0..200_000 {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             let id = (random >> 33) as u32 % 9000;
             match random >> 61 {
                 0..4 => match bitmap.allocate() {
@@ -394,8 +450,21 @@ mod models {
         }
 
         fn bitmap(&self) -> Bitmap<'_> {
-            let Self { words, full, count, count_state, hint } = self;
-            Bitmap { words, full, count, count_state, hint, capacity: 66 }
+            let Self {
+                words,
+                full,
+                count,
+                count_state,
+                hint,
+            } = self;
+            Bitmap {
+                words,
+                full,
+                count,
+                count_state,
+                hint,
+                capacity: 66,
+            }
         }
     }
 

@@ -10,11 +10,15 @@ use crate::sys::failpoint::step;
 use crate::sys::layout::{self, MAX_LOCKS, Shape};
 use crate::sys::{files, tmpfile};
 
-/// Creates a table without a name, and links it to `path` when it is complete. A process that is killed in between
-/// leaves nothing.
+/// Creates a table without a name, and links it to `path` when it is complete. A process that is
+/// killed in between leaves nothing.
 pub(super) fn create(path: &Path, capacity: u32) -> Result<()> {
     if capacity == 0 || capacity > MAX_LOCKS {
-        return Err(ErrorKind::InvalidCapacity { capacity, most: MAX_LOCKS }.into());
+        return Err(ErrorKind::InvalidCapacity {
+            capacity,
+            most: MAX_LOCKS,
+        }
+        .into());
     }
     let failed = |error: io::Error| Error::io("create", path, error);
     let directory = match path.parent() {
@@ -30,9 +34,11 @@ pub(super) fn create(path: &Path, capacity: u32) -> Result<()> {
     step("size of the table set");
     reserve(&file, shape.bitmaps()).map_err(|error| failed(error.into()))?;
     step("room for the bitmaps reserved");
-    file.write_all_at(&layout::header(capacity), 0).map_err(failed)?;
+    file.write_all_at(&layout::header(capacity), 0)
+        .map_err(failed)?;
     step("table written");
-    // Otherwise a crash of the system could leave the name without its content. In memory the call costs nothing.
+    // Otherwise a crash of the system could leave the name without its content. In memory the call
+    // costs nothing.
     file.sync_all().map_err(failed)?;
     step("table synced");
     tmpfile::name(&file, path).map_err(failed)?;

@@ -27,14 +27,15 @@ pub(in crate::manager) struct ShmLock {
     pub(super) id: u32,
 }
 
-/// A held lock of the table. Its fields have the same width, because processors stall on a read of what was just
-/// written in several parts.
+/// A held lock of the table. Its fields have the same width, because processors stall on a read of
+/// what was just written in several parts.
 #[derive(Debug)]
 pub(in crate::manager) struct ShmHold {
     cell: &'static Cell,
     /// The owner, in the upper half, and the number of the acquisition.
     owner_and_acquisition: u64,
-    /// Identifies the process that holds the lock, because a forked child has a copy; or [`RELEASED`](Self::RELEASED).
+    /// Identifies the process that holds the lock, because a forked child has a copy; or
+    /// [`RELEASED`](Self::RELEASED).
     process: u64,
 }
 
@@ -46,7 +47,10 @@ impl ShmLock {
     pub(in crate::manager) fn free(&self) -> Result<()> {
         match self.table.bitmap().free(self.id) {
             true => Ok(()),
-            false => Err(ErrorKind::NotAllocated { lock: self.describe() }.into()),
+            false => Err(ErrorKind::NotAllocated {
+                lock: self.describe(),
+            }
+            .into()),
         }
     }
 
@@ -54,10 +58,14 @@ impl ShmLock {
     #[inline]
     pub(in crate::manager) fn acquire_free(&self, wait: &Wait) -> Option<ShmHold> {
         let owner = self.table.known_own_number()?;
-        (wait.is_bare() && raw_lock::acquire_free(&self.cell.word, owner)).then(|| self.begin(owner))
+        (wait.is_bare() && raw_lock::acquire_free(&self.cell.word, owner))
+            .then(|| self.begin(owner))
     }
 
-    pub(in crate::manager) fn acquire(&self, wait: &Wait) -> Result<(ShmHold, Option<Box<Recovered>>)> {
+    pub(in crate::manager) fn acquire(
+        &self,
+        wait: &Wait,
+    ) -> Result<(ShmHold, Option<Box<Recovered>>)> {
         wait.check(self)?;
         let owner = self.table.own_number()?;
         let acquired = match raw_lock::acquire_free(&self.cell.word, owner) {
@@ -71,13 +79,20 @@ impl ShmLock {
         Ok((self.begin(owner), recovered))
     }
 
-    /// Records the acquisition. Only the holder writes this, and the lock makes the writes visible to the next holder.
+    /// Records the acquisition. Only the holder writes this, and the lock makes the writes visible
+    /// to the next holder.
     #[inline]
     fn begin(&self, owner: u32) -> ShmHold {
         step("lock word acquired");
-        let acquisition = self.cell.acquisition.load(Ordering::Relaxed).wrapping_add(1);
+        let acquisition = self
+            .cell
+            .acquisition
+            .load(Ordering::Relaxed)
+            .wrapping_add(1);
         self.cell.acquisition.store(acquisition, Ordering::Relaxed);
-        self.cell.acquired_at.store(nanos(ClockId::RealtimeCoarse), Ordering::Relaxed);
+        self.cell
+            .acquired_at
+            .store(nanos(ClockId::RealtimeCoarse), Ordering::Relaxed);
         step("acquisition recorded");
         ShmHold::new(self.cell, owner, acquisition)
     }
@@ -91,10 +106,10 @@ impl ShmLock {
         };
         let mut waiter = ShmWaiter::new(self.table, self.cell, &wait_state);
         raw_lock::acquire(word, owner, &mut waiter).or_else(|stopped| match stopped {
-            // After its timeout the waiter tries once more. It may acquire a lock that is kept for waiters.
-            SleepError::Wait(WaitError::TimedOut) => {
-                raw_lock::acquire_now(word, owner, is_dead).ok_or_else(|| wait_state.error(WaitError::TimedOut, self))
-            }
+            // After its timeout the waiter tries once more. It may acquire a lock that is kept for
+            // waiters.
+            SleepError::Wait(WaitError::TimedOut) => raw_lock::acquire_now(word, owner, is_dead)
+                .ok_or_else(|| wait_state.error(WaitError::TimedOut, self)),
             SleepError::Wait(reason) => Err(wait_state.error(reason, self)),
             SleepError::Io(error) => Err(Error::io("wait on a lock of", &self.table.path, error)),
         })
@@ -120,8 +135,18 @@ impl ShmLock {
         if held_by == raw_lock::FREE {
             return None;
         }
-        let read = || if self.table.is_dead(held_by) { None } else { self.table.owner(held_by) };
-        let owner = known.entry(held_by).or_insert_with(read).clone().map(|owner| self.with_time(owner));
+        let read = || {
+            if self.table.is_dead(held_by) {
+                None
+            } else {
+                self.table.owner(held_by)
+            }
+        };
+        let owner = known
+            .entry(held_by)
+            .or_insert_with(read)
+            .clone()
+            .map(|owner| self.with_time(owner));
         owner.filter(|_| self.cell.word.load(Ordering::Acquire) & OWNER == held_by)
     }
 
@@ -131,14 +156,21 @@ impl ShmLock {
             return Err(self.not_locked());
         }
         // The guard of this acquisition must not release the lock of a later one.
-        let acquisition = self.cell.acquisition.load(Ordering::Relaxed).wrapping_add(1);
+        let acquisition = self
+            .cell
+            .acquisition
+            .load(Ordering::Relaxed)
+            .wrapping_add(1);
         self.cell.acquisition.store(acquisition, Ordering::Relaxed);
         ShmHold::new(self.cell, owner, acquisition).release()
     }
 
     #[cold]
     fn not_locked(&self) -> Error {
-        ErrorKind::NotLocked { lock: self.describe() }.into()
+        ErrorKind::NotLocked {
+            lock: self.describe(),
+        }
+        .into()
     }
 }
 
@@ -149,7 +181,11 @@ impl ShmHold {
     #[inline]
     fn new(cell: &'static Cell, owner: u32, acquisition: u32) -> Self {
         let owner_and_acquisition = u64::from(owner) << 32 | u64::from(acquisition);
-        Self { cell, owner_and_acquisition, process: ProcessId::known().number().into() }
+        Self {
+            cell,
+            owner_and_acquisition,
+            process: ProcessId::known().number().into(),
+        }
     }
 
     /// Releases the lock, once, in the process that acquired it.
@@ -159,10 +195,14 @@ impl ShmHold {
             return Ok(());
         }
         self.process = Self::RELEASED;
-        let (owner, acquisition) = ((self.owner_and_acquisition >> 32) as u32, self.owner_and_acquisition as u32);
+        let (owner, acquisition) = (
+            (self.owner_and_acquisition >> 32) as u32,
+            self.owner_and_acquisition as u32,
+        );
         let is_current = self.cell.acquisition.load(Ordering::Relaxed) == acquisition;
         if is_current {
-            // If the next holder is killed before it records its time, it must not have this holder's time.
+            // If the next holder is killed before it records its time, it must not have this
+            // holder's time.
             self.cell.acquired_at.store(0, Ordering::Relaxed);
         }
         // By value, here and below: a guard whose address is never taken can stay in registers.
@@ -176,7 +216,10 @@ impl ShmHold {
     fn not_locked(cell: &'static Cell) -> Error {
         match attach::table_of(cell) {
             Some((table, id)) => ShmLock { table, cell, id }.not_locked(),
-            None => ErrorKind::NotLocked { lock: "a lock of a lock table".to_owned() }.into(),
+            None => ErrorKind::NotLocked {
+                lock: "a lock of a lock table".to_owned(),
+            }
+            .into(),
         }
     }
 }

@@ -16,37 +16,42 @@ use crate::sys::layout::LOCKS_PER_PAGE;
 
 /// A table of locks in shared memory, for the processes of one machine. Linux only.
 ///
-/// Acquiring and releasing a free lock costs some ten nanoseconds and no system call. A process may die holding
-/// thousands of locks. The next owner of each lock gets the report ([`ManagedGuard::recovered`]): at once if it comes
-/// later, and within 10 ms if it waits.
+/// Acquiring and releasing a free lock costs some ten nanoseconds and no system call. A process may
+/// die holding thousands of locks. The next owner of each lock gets the report
+/// ([`ManagedGuard::recovered`]): at once if it comes later, and within 10 ms if it waits.
 ///
-/// The table is a file, best in a file system in memory such as `/dev/shm` or `/run`, which is empty after a boot.
-/// Locks whose numbers were stored elsewhere are then allocated again with [`allocate_at`](LockManager::allocate_at).
-/// The table belongs to the user that created it, with mode 0600; a process that can write to it can break every lock
-/// in it. It takes memory as locks are first used, 4 KiB for each 64 of them.
+/// The table is a file, best in a file system in memory such as `/dev/shm` or `/run`, which is
+/// empty after a boot. Locks whose numbers were stored elsewhere are then allocated again with
+/// [`allocate_at`](LockManager::allocate_at). The table belongs to the user that created it, with
+/// mode 0600; a process that can write to it can break every lock in it. It takes memory as locks
+/// are first used, 4 KiB for each 64 of them.
 ///
-/// A process stays attached to a table until it ends, also after all handles are dropped. So use a few tables per
-/// process, not thousands of short-lived ones. At most 4094 processes share a table.
+/// A process stays attached to a table until it ends, also after all handles are dropped. So use a
+/// few tables per process, not thousands of short-lived ones. At most 4094 processes share a table.
 ///
-/// A process that closes descriptors which it did not open, as some daemons do at their start, gives up the locks that
-/// it holds; it must call [`open`](Self::open) afterwards. A forked child attaches again when it first uses the table.
-/// The file must still exist then, and be the same file.
+/// A process that closes descriptors which it did not open, as some daemons do at their start,
+/// gives up the locks that it holds; it must call [`open`](Self::open) afterwards. A forked child
+/// attaches again when it first uses the table. The file must still exist then, and be the same
+/// file.
 ///
-/// Do not put the table on a file system that several machines share. On a disk, create the table again when the
-/// machine starts: after a crash the file may be older than the locks that were held.
+/// Do not put the table on a file system that several machines share. On a disk, create the table
+/// again when the machine starts: after a crash the file may be older than the locks that were
+/// held.
 ///
 /// # Truncation
-/// The table is mapped memory. If a program with write permission shortens the file, the kernel kills every process
-/// that then touches a lock beyond the new end (`SIGBUS`). That includes a process that only waits, and
-/// `lockkit table`. No error is returned, and no guard is dropped. `truncate`, a shell redirection (`> table`) and `cp`
-/// onto the file shorten it. Removing or replacing the file does not: attached processes keep the old one.
+/// The table is mapped memory. If a program with write permission shortens the file, the kernel
+/// kills every process that then touches a lock beyond the new end (`SIGBUS`). That includes a
+/// process that only waits, and `lockkit table`. No error is returned, and no guard is dropped.
+/// `truncate`, a shell redirection (`> table`) and `cp` onto the file shorten it. Removing or
+/// replacing the file does not: attached processes keep the old one.
 ///
-/// Opening seals the file against that (`F_SEAL_SHRINK`, [memfd_create(2)]) if the file is a memfd that allows seals. A
-/// process opens a memfd by the path `/proc/self/fd/N`. No other file takes seals, not even in `/dev/shm`: there only
-/// the file's mode, 0600, protects the table from other users.
+/// Opening seals the file against that (`F_SEAL_SHRINK`, [memfd_create(2)]) if the file is a memfd
+/// that allows seals. A process opens a memfd by the path `/proc/self/fd/N`. No other file takes
+/// seals, not even in `/dev/shm`: there only the file's mode, 0600, protects the table from other
+/// users.
 ///
-/// A full file system that cannot reserve room (fallocate(2)) kills processes in the same way. File systems in memory,
-/// ext4, XFS and btrfs can reserve room.
+/// A full file system that cannot reserve room (fallocate(2)) kills processes in the same way. File
+/// systems in memory, ext4, XFS and btrfs can reserve room.
 ///
 /// [memfd_create(2)]: https://man7.org/linux/man-pages/man2/memfd_create.2.html
 ///
@@ -92,16 +97,19 @@ use crate::sys::layout::LOCKS_PER_PAGE;
 pub struct ShmLockManager(pub(super) &'static Attached);
 
 impl ShmLockManager {
-    /// Creates a table of `capacity` locks at `path`, which must not exist yet. The table appears there complete.
+    /// Creates a table of `capacity` locks at `path`, which must not exist yet. The table appears
+    /// there complete.
     ///
     /// # Errors
     /// - [`InvalidCapacity`](ErrorKind::InvalidCapacity) for 0, or more than 16,777,216.
-    /// - [`Io`](ErrorKind::Io) if the path exists (`AlreadyExists`) or a system call fails, for example because the
-    ///   file system is full or cannot create files without a name (`O_TMPFILE`).
+    /// - [`Io`](ErrorKind::Io) if the path exists (`AlreadyExists`) or a system call fails, for
+    ///   example because the file system is full or cannot create files without a name
+    ///   (`O_TMPFILE`).
     /// - [`Unsupported`](ErrorKind::Unsupported) outside Linux.
     ///
-    /// If only the attachment of this process fails, because all slots are taken or it has too many descriptors, the
-    /// table exists and is complete. Then only [`open`](Self::open) remains to be called.
+    /// If only the attachment of this process fails, because all slots are taken or it has too many
+    /// descriptors, the table exists and is complete. Then only [`open`](Self::open) remains to be
+    /// called.
     pub fn create(path: impl AsRef<Path>, capacity: u32) -> Result<Self> {
         create(path.as_ref(), capacity)?;
         Self::open(path)
@@ -122,11 +130,12 @@ impl ShmLockManager {
         Ok(Self(Attached::at(path)?))
     }
 
-    /// Opens the table at `path`, or creates it with `capacity` locks. Any number of processes may do so at once: all
-    /// get the same table, with the capacity of the first process.
+    /// Opens the table at `path`, or creates it with `capacity` locks. Any number of processes may
+    /// do so at once: all get the same table, with the capacity of the first process.
     ///
     /// # Errors
-    /// As [`create`](Self::create) and [`open`](Self::open), except for an existing or a missing file.
+    /// As [`create`](Self::create) and [`open`](Self::open), except for an existing or a missing
+    /// file.
     pub fn open_or_create(path: impl AsRef<Path>, capacity: u32) -> Result<Self> {
         loop {
             match Self::open(&path) {
@@ -153,7 +162,12 @@ impl ShmLockManager {
     fn lock(&self, id: u32) -> Result<ShmLock> {
         let table = self.0;
         let Some(cell) = table.cells.get(id as usize) else {
-            return Err(ErrorKind::NoSuchLock { table: table.describe(), id, capacity: table.capacity }.into());
+            return Err(ErrorKind::NoSuchLock {
+                table: table.describe(),
+                id,
+                capacity: table.capacity,
+            }
+            .into());
         };
         table.reserve(id)?;
         Ok(ShmLock { table, cell, id })
@@ -162,7 +176,10 @@ impl ShmLockManager {
 
 impl fmt::Debug for ShmLockManager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ShmLockManager").field("path", &self.0.path).field("capacity", &self.0.capacity).finish()
+        f.debug_struct("ShmLockManager")
+            .field("path", &self.0.path)
+            .field("capacity", &self.0.capacity)
+            .finish()
     }
 }
 
@@ -179,7 +196,12 @@ impl LockManager for ShmLockManager {
             },
             None => {
                 let (capacity, allocated) = (self.0.capacity, self.0.bitmap().allocated());
-                Err(ErrorKind::Exhausted { table: self.0.describe(), capacity, allocated }.into())
+                Err(ErrorKind::Exhausted {
+                    table: self.0.describe(),
+                    capacity,
+                    allocated,
+                }
+                .into())
             }
         }
     }
@@ -192,7 +214,10 @@ impl LockManager for ShmLockManager {
         let lock = self.lock(id)?;
         match self.0.bitmap().allocate_at(id) {
             true => Ok(ManagedLock(Handle::Shm(lock))),
-            false => Err(ErrorKind::AlreadyAllocated { lock: lock.describe() }.into()),
+            false => Err(ErrorKind::AlreadyAllocated {
+                lock: lock.describe(),
+            }
+            .into()),
         }
     }
 
@@ -205,8 +230,15 @@ impl LockManager for ShmLockManager {
         let (mut held, mut known) = (Vec::new(), HashMap::new());
         for (page, cells) in self.0.table.used_cells() {
             for (at, cell) in cells.iter().enumerate() {
-                let lock = ShmLock { table: self.0, cell, id: page * LOCKS_PER_PAGE + at as u32 };
-                held.extend(lock.living_owner(&mut known).map(|owner| HeldLock { id: lock.id, owner }));
+                let lock = ShmLock {
+                    table: self.0,
+                    cell,
+                    id: page * LOCKS_PER_PAGE + at as u32,
+                };
+                held.extend(
+                    lock.living_owner(&mut known)
+                        .map(|owner| HeldLock { id: lock.id, owner }),
+                );
             }
         }
         Ok(held)

@@ -1,15 +1,16 @@
 //! Tables of locks in shared memory: [`ShmLockManager`](manager::ShmLockManager).
 //!
-//! A process takes a *slot* of the table and keeps a kernel lock on the slot's first byte for as long as it lives. A
-//! lock word names its owner by slot and generation of the slot. So an owner is dead when its slot has a later
-//! generation or its byte is not locked. The kernel decides this, not a pid, so it also works across pid namespaces.
-//! The next user of a slot raises its generation first, so that it is never mistaken for the dead one.
+//! A process takes a *slot* of the table and keeps a kernel lock on the slot's first byte for as
+//! long as it lives. A lock word names its owner by slot and generation of the slot. So an owner is
+//! dead when its slot has a later generation or its byte is not locked. The kernel decides this,
+//! not a pid, so it also works across pid namespaces. The next user of a slot raises its generation
+//! first, so that it is never mistaken for the dead one.
 //!
-//! A process attaches to a table once and for its life, whatever the number of managers it opens. The memory is never
-//! unmapped, so a guard is a plain reference without a reference count.
+//! A process attaches to a table once and for its life, whatever the number of managers it opens.
+//! The memory is never unmapped, so a guard is a plain reference without a reference count.
 //!
-//! A page of cells is reserved in the file before its first lock is handed out. So a full file system is an error
-//! there, and not a SIGBUS later.
+//! A page of cells is reserved in the file before its first lock is handed out. So a full file
+//! system is an error there, and not a SIGBUS later.
 //!
 //! # Implementation
 //! | module | contents |

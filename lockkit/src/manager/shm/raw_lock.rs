@@ -8,21 +8,24 @@
 //! | `WOKEN` | A waiter was woken and has not checked the word yet. Until it does, a release wakes no other. |
 //! | `HANDOFF` | Only waiters that have slept may acquire the lock: now, or from the next release on. |
 //!
-//! Without an owner and without `HANDOFF` any thread may acquire the lock. A thread may barge, that is acquire the lock
-//! before the woken waiter does, because a hand-over would cost two context switches for each hold.
+//! Without an owner and without `HANDOFF` any thread may acquire the lock. A thread may barge, that
+//! is acquire the lock before the woken waiter does, because a hand-over would cost two context
+//! switches for each hold.
 //!
 //! Two rules bound the wait of a waiter:
-//! - A waiter that was woken and did not get the lock requests a hand-off: the next release keeps the lock for waiters
-//!   that have slept. The waiter spins until that release, which comes soon if locks are held briefly. A minimum
-//!   interval separates the requests. Until the next request is allowed, the waiter backs off, and no other waiter is
-//!   woken.
-//! - A woken waiter may not get a processor. A release that still finds `WOKEN` set keeps the lock from time to time. A
-//!   thread that would barge then goes to sleep, and frees a processor for the waiter.
+//! - A waiter that was woken and did not get the lock requests a hand-off: the next release keeps
+//!   the lock for waiters that have slept. The waiter spins until that release, which comes soon if
+//!   locks are held briefly. A minimum interval separates the requests. Until the next request is
+//!   allowed, the waiter backs off, and no other waiter is woken.
+//! - A woken waiter may not get a processor. A release that still finds `WOKEN` set keeps the lock
+//!   from time to time. A thread that would barge then goes to sleep, and frees a processor for the
+//!   waiter.
 //!
 //! If a woken waiter dies, the other waiters notice within a tick.
 //!
-//! [`Env`] reports whether an owner is dead. A waiter asks at its first attempt and then once per tick. A dead owner's
-//! word is taken over with a compare-and-swap, so exactly one waiter wins, and knows that it took over.
+//! [`Env`] reports whether an owner is dead. A waiter asks at its first attempt and then once per
+//! tick. A dead owner's word is taken over with a compare-and-swap, so exactly one waiter wins, and
+//! knows that it took over.
 
 use super::atomic::{AtomicU32, Ordering};
 use crate::sys::failpoint::step;
@@ -44,20 +47,20 @@ pub(super) trait Env {
     type WaitError;
     /// Returns whether the owner has died. Once true, it stays true.
     fn is_dead(&self, owner: u32) -> bool;
-    /// Waits until a waiter that was woken and did not get the lock may request a hand-off, or until its timeout. The
-    /// next sleep reports the timeout.
+    /// Waits until a waiter that was woken and did not get the lock may request a hand-off, or
+    /// until its timeout. The next sleep reports the timeout.
     fn back_off(&self);
     /// Polls the word until it has no owner, but only briefly.
     fn spin(&self, word: &AtomicU32);
-    /// Sleeps on the word until another thread wakes this one or a tick is over, unless the word is no longer `seen`.
-    /// Returns an error if the waiter has to give up.
+    /// Sleeps on the word until another thread wakes this one or a tick is over, unless the word is
+    /// no longer `seen`. Returns an error if the waiter has to give up.
     fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, Self::WaitError>;
 }
 
 /// The operations of a release for waiters.
 pub(super) trait Fairness {
-    /// Returns whether to keep the lock for the woken waiter that has not checked the word yet. May be called very
-    /// often.
+    /// Returns whether to keep the lock for the woken waiter that has not checked the word yet. May
+    /// be called very often.
     fn hands_off(&self) -> bool;
     /// Wakes one thread that sleeps on the word, and returns whether there was one.
     fn wake(&self, word: &AtomicU32) -> bool;
@@ -86,16 +89,27 @@ pub(super) enum Acquired {
 pub(super) fn acquire_free(word: &AtomicU32, owner: u32) -> bool {
     let seen = word.load(Ordering::Relaxed);
     seen & (OWNER | HANDOFF) == 0
-        && word.compare_exchange(seen, seen | owner, Ordering::Acquire, Ordering::Relaxed).is_ok()
+        && word
+            .compare_exchange(seen, seen | owner, Ordering::Acquire, Ordering::Relaxed)
+            .is_ok()
 }
 
 /// Acquires the lock unless a live owner holds it.
 #[cold]
-pub(super) fn acquire_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) -> bool) -> Option<Acquired> {
+pub(super) fn acquire_now(
+    word: &AtomicU32,
+    owner: u32,
+    is_dead: impl Fn(u32) -> bool,
+) -> Option<Acquired> {
     attempt(
         word,
         owner,
-        Waiter { may_take_reserved: true, has_slept: false, was_woken: false, checks_owner: true },
+        Waiter {
+            may_take_reserved: true,
+            has_slept: false,
+            was_woken: false,
+            checks_owner: true,
+        },
         is_dead,
     )
     .ok()
@@ -103,8 +117,17 @@ pub(super) fn acquire_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) ->
 
 /// Acquires the lock, waiting for it.
 #[cold]
-pub(super) fn acquire<W: Env>(word: &AtomicU32, owner: u32, env: &mut W) -> Result<Acquired, W::WaitError> {
-    let mut waiter = Waiter { may_take_reserved: false, has_slept: false, was_woken: false, checks_owner: true };
+pub(super) fn acquire<W: Env>(
+    word: &AtomicU32,
+    owner: u32,
+    env: &mut W,
+) -> Result<Acquired, W::WaitError> {
+    let mut waiter = Waiter {
+        may_take_reserved: false,
+        has_slept: false,
+        was_woken: false,
+        checks_owner: true,
+    };
     let mut has_lost_race = false;
     loop {
         let seen = match attempt(word, owner, waiter, |owner| env.is_dead(owner)) {
@@ -120,23 +143,33 @@ pub(super) fn acquire<W: Env>(word: &AtomicU32, owner: u32, env: &mut W) -> Resu
         }
         let waiting_word = waiter.word_while_waiting(seen);
         if waiting_word != seen
-            && word.compare_exchange(seen, waiting_word, Ordering::Relaxed, Ordering::Relaxed).is_err()
+            && word
+                .compare_exchange(seen, waiting_word, Ordering::Relaxed, Ordering::Relaxed)
+                .is_err()
         {
             continue;
         }
         step("waiter announced");
-        // A waiter that was woken and gives up now has just cleared `WOKEN`, so that the next release wakes another.
+        // A waiter that was woken and gives up now has just cleared `WOKEN`, so that the next
+        // release wakes another.
         let slept = env.sleep(word, waiting_word)?;
         let tick = slept == Slept::Tick;
-        waiter = Waiter { may_take_reserved: true, has_slept: true, was_woken: !tick, checks_owner: tick };
+        waiter = Waiter {
+            may_take_reserved: true,
+            has_slept: true,
+            was_woken: !tick,
+            checks_owner: tick,
+        };
         has_lost_race = !tick;
     }
 }
 
-/// Makes the next release keep the lock for the woken waiter. Returns `false` if the lock has no owner any more.
+/// Makes the next release keep the lock for the woken waiter. Returns `false` if the lock has no
+/// owner any more.
 fn request_handoff(word: &AtomicU32) -> bool {
     let request = |seen| (seen & OWNER != 0).then_some(seen | WOKEN | HANDOFF);
-    word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, request).is_ok()
+    word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, request)
+        .is_ok()
 }
 
 /// How a thread tries to acquire the lock.
@@ -158,15 +191,24 @@ impl Waiter {
         WAITERS | if self.was_woken { seen & !WOKEN } else { seen }
     }
 
-    /// Returns the flags after this waiter has acquired the lock. A waiter that has slept clears `WOKEN` for the woken
-    /// waiter, which may have died before it checked the word.
+    /// Returns the flags after this waiter has acquired the lock. A waiter that has slept clears
+    /// `WOKEN` for the woken waiter, which may have died before it checked the word.
     fn flags_after_acquire(self, seen: u32) -> u32 {
-        if self.has_slept { WAITERS } else { seen & (WAITERS | WOKEN) }
+        if self.has_slept {
+            WAITERS
+        } else {
+            seen & (WAITERS | WOKEN)
+        }
     }
 }
 
 /// Acquires the lock if that is possible now; otherwise returns the word that it read.
-fn attempt(word: &AtomicU32, owner: u32, waiter: Waiter, is_dead: impl Fn(u32) -> bool) -> Result<Acquired, u32> {
+fn attempt(
+    word: &AtomicU32,
+    owner: u32,
+    waiter: Waiter,
+    is_dead: impl Fn(u32) -> bool,
+) -> Result<Acquired, u32> {
     let mut seen = word.load(Ordering::Relaxed);
     loop {
         let acquired = match seen & OWNER {
@@ -190,7 +232,8 @@ fn attempt(word: &AtomicU32, owner: u32, waiter: Waiter, is_dead: impl Fn(u32) -
 /// Releases the lock. Returns `false` if `owner` does not hold it.
 #[inline]
 pub(super) fn release(word: &AtomicU32, owner: u32, fairness: &impl Fairness) -> bool {
-    // Expects no flags and does not load the word first: a processor stalls on reading what it has just exchanged.
+    // Expects no flags and does not load the word first: a processor stalls on reading what it has
+    // just exchanged.
     match word.compare_exchange(owner, FREE, Ordering::Release, Ordering::Relaxed) {
         Ok(_) => {
             step("lock word released");
@@ -204,11 +247,14 @@ pub(super) fn release(word: &AtomicU32, owner: u32, fairness: &impl Fairness) ->
 fn release_flagged(word: &AtomicU32, mut seen: u32, owner: u32, fairness: &impl Fairness) -> bool {
     let mut hands_off = None;
     while seen & OWNER == owner {
-        // An awake waiter takes care of the sleeping ones: it sets `WAITERS` when it acquires or sleeps.
+        // An awake waiter takes care of the sleeping ones: it sets `WAITERS` when it acquires or
+        // sleeps.
         let to_wake = seen & (WAITERS | WOKEN) == WAITERS;
         let next = match seen & WOKEN {
             0 if to_wake => WOKEN | seen & HANDOFF,
-            WOKEN if *hands_off.get_or_insert_with(|| fairness.hands_off()) => seen & !OWNER | HANDOFF,
+            WOKEN if *hands_off.get_or_insert_with(|| fairness.hands_off()) => {
+                seen & !OWNER | HANDOFF
+            }
             _ => seen & !OWNER,
         };
         match word.compare_exchange(seen, next, Ordering::Release, Ordering::Relaxed) {
@@ -226,14 +272,18 @@ fn release_flagged(word: &AtomicU32, mut seen: u32, owner: u32, fairness: &impl 
     false
 }
 
-/// Wakes a thread that sleeps on the word, in which `WOKEN` is set already. If no thread sleeps, clears `WOKEN` and
-/// checks again for a waiter that went to sleep in between.
+/// Wakes a thread that sleeps on the word, in which `WOKEN` is set already. If no thread sleeps,
+/// clears `WOKEN` and checks again for a waiter that went to sleep in between.
 #[cold]
 fn wake_one(word: &AtomicU32, fairness: &impl Fairness) {
     while !fairness.wake(word) {
         let left = word.fetch_and(!(WOKEN | HANDOFF), Ordering::Relaxed) & !(WOKEN | HANDOFF);
         let has_sleeper = left == WAITERS;
-        if !has_sleeper || word.compare_exchange(left, WOKEN, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        if !has_sleeper
+            || word
+                .compare_exchange(left, WOKEN, Ordering::Relaxed, Ordering::Relaxed)
+                .is_err()
+        {
             return;
         }
     }
@@ -319,7 +369,8 @@ mod models {
         }
     }
 
-    /// How a waiter's sleeps end: the first `ticks` sleeps end by a tick, the others only by a wake-up.
+    /// How a waiter's sleeps end: the first `ticks` sleeps end by a tick, the others only by a
+    /// wake-up.
     struct Waiter<'m> {
         model: &'m Model,
         ticks: u32,
@@ -356,8 +407,17 @@ mod models {
     }
 
     /// Acquires and releases once, and returns how it acquired.
-    fn acquire_and_release(model: &Model, owner: u32, ticks: u32, gives_up: bool) -> Option<Acquired> {
-        let mut waiter = Waiter { model, ticks, gives_up };
+    fn acquire_and_release(
+        model: &Model,
+        owner: u32,
+        ticks: u32,
+        gives_up: bool,
+    ) -> Option<Acquired> {
+        let mut waiter = Waiter {
+            model,
+            ticks,
+            gives_up,
+        };
         let acquired = match acquire_free(&model.word, owner) {
             true => Acquired::Free,
             false => acquire(&model.word, owner, &mut waiter).ok()?,
@@ -380,7 +440,9 @@ mod models {
             let others: Vec<_> = [2, 3]
                 .map(|owner| {
                     let model = model.clone();
-                    thread::spawn(move || assert!(acquire_and_release(&model, owner, 0, false).is_some()))
+                    thread::spawn(move || {
+                        assert!(acquire_and_release(&model, owner, 0, false).is_some())
+                    })
                 })
                 .into();
             assert!(acquire_and_release(&model, 1, 0, false).is_some());
@@ -397,7 +459,9 @@ mod models {
             let others: Vec<_> = [(2, 1), (3, 0)]
                 .map(|(owner, ticks)| {
                     let model = model.clone();
-                    thread::spawn(move || assert!(acquire_and_release(&model, owner, ticks, false).is_some()))
+                    thread::spawn(move || {
+                        assert!(acquire_and_release(&model, owner, ticks, false).is_some())
+                    })
                 })
                 .into();
             assert!(acquire_and_release(&model, 1, 0, false).is_some());
@@ -415,7 +479,9 @@ mod models {
                 .map(|(owner, gives_up)| {
                     let model = model.clone();
                     thread::spawn(move || {
-                        assert!(acquire_and_release(&model, owner, 0, gives_up).is_some() || gives_up);
+                        assert!(
+                            acquire_and_release(&model, owner, 0, gives_up).is_some() || gives_up
+                        );
                     })
                 })
                 .into();
@@ -434,7 +500,10 @@ mod models {
                 .map(|(owner, ticks, gives_up)| {
                     let model = model.clone();
                     thread::spawn(move || {
-                        assert!(acquire_and_release(&model, owner, ticks, gives_up).is_some() || gives_up);
+                        assert!(
+                            acquire_and_release(&model, owner, ticks, gives_up).is_some()
+                                || gives_up
+                        );
                     })
                 })
                 .into();
@@ -452,7 +521,9 @@ mod models {
             let others: Vec<_> = [(2, 1), (3, 0)]
                 .map(|(owner, ticks)| {
                     let model = model.clone();
-                    thread::spawn(move || assert!(acquire_and_release(&model, owner, ticks, false).is_some()))
+                    thread::spawn(move || {
+                        assert!(acquire_and_release(&model, owner, ticks, false).is_some())
+                    })
                 })
                 .into();
             assert!(release(&model.word, 1, &*model));
@@ -477,7 +548,13 @@ mod models {
             model.dead.store(true, Ordering::SeqCst);
             let mine = acquire_and_release(&model, 1, 0, false).unwrap();
             let other = other.join().unwrap();
-            assert_eq!([mine, other].iter().filter(|acquired| **acquired == Acquired::FromDead(9)).count(), 1);
+            assert_eq!(
+                [mine, other]
+                    .iter()
+                    .filter(|acquired| **acquired == Acquired::FromDead(9))
+                    .count(),
+                1
+            );
         });
     }
 }

@@ -52,11 +52,22 @@ fn owner_is_dead_when_slot_is_unlocked_or_reused() {
     drop(file);
     assert_eq!(table.0.held().unwrap(), []);
     let guard = lock.try_lock().unwrap();
-    assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), std::process::id());
+    assert_eq!(
+        guard.recovered().unwrap().owner().unwrap().pid(),
+        std::process::id()
+    );
     drop(guard);
-    // Another process takes the same slot: the slot is alive again, but the holder of the lock is not.
+    // Another process takes the same slot: the slot is alive again, but the holder of the lock is
+    // not.
     table.word(7).store(other, Ordering::SeqCst);
-    table.0.0.table.header().next_slot.0.fetch_sub(1, Ordering::SeqCst);
+    table
+        .0
+        .0
+        .table
+        .header()
+        .next_slot
+        .0
+        .fetch_sub(1, Ordering::SeqCst);
     let (_file, another) = table.take_slot();
     assert_eq!(another & SLOT, other & SLOT);
     assert_eq!(lock.try_lock().unwrap().recovered().unwrap().owner(), None);
@@ -64,12 +75,16 @@ fn owner_is_dead_when_slot_is_unlocked_or_reused() {
 
 #[test]
 fn acquire_without_wait_takes_lock_reserved_for_handoff() {
-    /// The word of a waiter that requested a hand-off and was killed: it was woken, and the release kept the lock
-    /// for it.
+    /// The word of a waiter that requested a hand-off and was killed: it was woken, and the release
+    /// kept the lock for it.
     const HANDOFF: u32 = 0b11 << 29;
     let table = TestTable::new("kept");
     let lock = table.0.retrieve(7).unwrap();
-    for wait in [Wait::none(), Wait::at_most(Duration::ZERO), Wait::until(std::time::Instant::now())] {
+    for wait in [
+        Wait::none(),
+        Wait::at_most(Duration::ZERO),
+        Wait::until(std::time::Instant::now()),
+    ] {
         table.word(7).store(HANDOFF, Ordering::SeqCst);
         drop(lock.acquire(&wait).unwrap());
     }
@@ -93,7 +108,18 @@ fn acquire_invalid_slot_in_lock_word_reports_dead_owner() {
     for owner in [1 << SLOT_BITS, SLOTS + 1, OWNER] {
         table.word(7).store(owner, Ordering::SeqCst);
         assert_eq!(table.0.held().unwrap(), []);
-        assert_eq!(table.0.retrieve(7).unwrap().try_lock().unwrap().recovered().unwrap().owner(), None);
+        assert_eq!(
+            table
+                .0
+                .retrieve(7)
+                .unwrap()
+                .try_lock()
+                .unwrap()
+                .recovered()
+                .unwrap()
+                .owner(),
+            None
+        );
     }
 }
 
@@ -104,9 +130,18 @@ fn dead_holder_recovered_after_generation_wraparound() {
     let at = (other & SLOT) - 1;
     // The state that the first generation of the slot left.
     table.word(7).store(at + 1, Ordering::SeqCst);
-    table.0.0.table.slots()[at as usize].generation.store(GENERATION, Ordering::SeqCst);
+    table.0.0.table.slots()[at as usize]
+        .generation
+        .store(GENERATION, Ordering::SeqCst);
     drop(file);
-    table.0.0.table.header().next_slot.0.fetch_sub(1, Ordering::SeqCst);
+    table
+        .0
+        .0
+        .table
+        .header()
+        .next_slot
+        .0
+        .fetch_sub(1, Ordering::SeqCst);
     let (_file, first_again) = table.take_slot();
     assert_eq!(first_again, at + 1, "it looks like the one that died");
     let guard = table.0.retrieve(7).unwrap().try_lock().unwrap();

@@ -16,19 +16,22 @@ use crate::sys::layout::Cell;
 const MIN_CHECK_INTERVAL: Duration = Duration::from_micros(500);
 /// The longest sleep of a waiter before it checks that the owner is alive: after further sleeps.
 const MAX_CHECK_INTERVAL: Duration = Duration::from_millis(5);
-/// The interval of hand-off requests by waiters that were woken and did not get the lock. It is short enough to bound
-/// the wait, and long enough that the spinning costs little.
+/// The interval of hand-off requests by waiters that were woken and did not get the lock. It is
+/// short enough to bound the wait, and long enough that the spinning costs little.
 const HANDOFF_REQUEST_INTERVAL: Duration = Duration::from_micros(200);
-/// The interval at which a release may keep the lock for a waiter without a processor, which costs two context
-/// switches.
+/// The interval at which a release may keep the lock for a waiter without a processor, which costs
+/// two context switches.
 const HANDOFF_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Returns the time until the last hand-off is `pause` ago. If that is zero, records a hand-off now.
+/// Returns the time until the last hand-off is `pause` ago. If that is zero, records a hand-off
+/// now.
 #[inline]
 fn until_due(cell: &Cell, pause: Duration) -> Duration {
     let now = nanos(ClockId::Monotonic);
     // A time in the future is from an earlier boot.
-    let since = now.checked_sub(cell.handed_off_at.load(Ordering::Relaxed)).map_or(pause, Duration::from_nanos);
+    let since = now
+        .checked_sub(cell.handed_off_at.load(Ordering::Relaxed))
+        .map_or(pause, Duration::from_nanos);
     let left = pause.saturating_sub(since);
     if left.is_zero() {
         cell.handed_off_at.store(now, Ordering::Relaxed);
@@ -67,9 +70,19 @@ pub(super) enum SleepError {
 }
 
 impl<'p> ShmWaiter<'p> {
-    pub(super) fn new(table: &'static Attached, cell: &'static Cell, wait_state: &'p WaitState) -> Self {
+    pub(super) fn new(
+        table: &'static Attached,
+        cell: &'static Cell,
+        wait_state: &'p WaitState,
+    ) -> Self {
         let intervals = Backoff::between(MIN_CHECK_INTERVAL * 2, MAX_CHECK_INTERVAL);
-        Self { table, cell, wait_state, intervals, check_interval: MIN_CHECK_INTERVAL }
+        Self {
+            table,
+            cell,
+            wait_state,
+            intervals,
+            check_interval: MIN_CHECK_INTERVAL,
+        }
     }
 }
 
@@ -103,7 +116,10 @@ impl Env for ShmWaiter<'_> {
     }
 
     fn sleep(&mut self, word: &AtomicU32, seen: u32) -> std::result::Result<Slept, SleepError> {
-        let portion = self.wait_state.portion(self.check_interval).map_err(SleepError::Wait)?;
+        let portion = self
+            .wait_state
+            .portion(self.check_interval)
+            .map_err(SleepError::Wait)?;
         match futex::wait(word, seen, portion).map_err(SleepError::Io)? {
             futex::Woke::Early => Ok(Slept::Woken),
             // No thread woke it. If signals came faster than ticks, no other tick would ever end.

@@ -1,11 +1,13 @@
-//! The records of the holders of all locks on sockets: one table for each user, and one for the machine.
+//! The records of the holders of all locks on sockets: one table for each user, and one for the
+//! machine.
 //!
 //! A record identifies the holder of a lock, or the process that died holding it (see
-//! [`holder_record`](crate::base::holder_record)). The record excludes no process: a lost record is a lost report.
+//! [`holder_record`](crate::base::holder_record)). The record excludes no process: a lost record is
+//! a lost report.
 //!
 //! # Guarantees
-//! - The memory of a table is bounded by the number of locks that are held at once, plus 1 MiB for the records of dead
-//!   holders. At 32 MiB further locks have no record.
+//! - The memory of a table is bounded by the number of locks that are held at once, plus 1 MiB for
+//!   the records of dead holders. At 32 MiB further locks have no record.
 //! - A kill at any time leaves the record of the previous holder, of the new holder, or none.
 //!
 //! # Implementation
@@ -16,25 +18,28 @@
 //! pages 2 to 3      level 1: 8 buckets
 //! pages 4 to 7      level 2: 16 buckets, and so on
 //! ```
-//! A slot is 128 bytes: word 0, the words 1 to 11 of a record, and a copy. The copy has the words 1 to 3 (pid, start
-//! time, namespace) of the previous record, if that holder died. It reports the death if the next holder is killed
-//! while it writes.
+//! A slot is 128 bytes: word 0, the words 1 to 11 of a record, and a copy. The copy has the words 1
+//! to 3 (pid, start time, namespace) of the previous record, if that holder died. It reports the
+//! death if the next holder is killed while it writes.
 //! ```text
 //! word 0, bits 8 to 63   the key: a hash of the lock's name
 //!         bits 2 to 7    changes with every write
 //!         bits 0 to 1    CLEARED, WRITTEN, HANDED or CLAIMED
 //! ```
-//! A lock's slot is in the bucket of its key, in the lowest level whose bucket had room. A released lock leaves its key
-//! in the slot until another lock takes the slot; the least recently used slot is taken first. So a handle that
-//! remembers its slot finds it again without a search. A level is added when the buckets of all others are full of held
-//! locks. From level 7 on, the record of a dead holder makes room, too.
+//! A lock's slot is in the bucket of its key, in the lowest level whose bucket had room. A released
+//! lock leaves its key in the slot until another lock takes the slot; the least recently used slot
+//! is taken first. So a handle that remembers its slot finds it again without a search. A level is
+//! added when the buckets of all others are full of held locks. From level 7 on, the record of a
+//! dead holder makes room, too.
 //!
-//! Only the holder of a lock writes a slot with the lock's key, and only after a search through all levels, so no key
-//! has two slots. Two holders that take the same slot for different locks exchange word 0, and one exchange fails.
+//! Only the holder of a lock writes a slot with the lock's key, and only after a search through all
+//! levels, so no key has two slots. Two holders that take the same slot for different locks
+//! exchange word 0, and one exchange fails.
 //!
-//! The table of a user is mapped once in each process: its file is private, complete and in memory, so no other user
-//! can shorten it under the mapping. Every user can write the table of the machine, so it is never mapped, but read and
-//! written by system calls. There a flock on the file orders the processes that take a slot of another lock.
+//! The table of a user is mapped once in each process: its file is private, complete and in memory,
+//! so no other user can shorten it under the mapping. Every user can write the table of the
+//! machine, so it is never mapped, but read and written by system calls. There a flock on the file
+//! orders the processes that take a slot of another lock.
 
 mod slot;
 mod table;
@@ -43,7 +48,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use self::slot::{CLEARED, HANDED, KEY, STATE, SlotContent, WRITTEN, copied_owner, key_of, word_after, write_slot};
+use self::slot::{
+    CLEARED, HANDED, KEY, STATE, SlotContent, WRITTEN, copied_owner, key_of, word_after, write_slot,
+};
 use self::table::Records;
 use crate::base::error::Result;
 use crate::base::guard::Recovered;
@@ -63,16 +70,23 @@ pub(super) struct HolderRecord {
 
 impl HolderRecord {
     pub(super) fn open(name: &str, sharing: Sharing) -> Result<Self> {
-        Ok(Self { records: Records::of(sharing)?, key: key_of(name), slot: AtomicU32::new(0) })
+        Ok(Self {
+            records: Records::of(sharing)?,
+            key: key_of(name),
+            slot: AtomicU32::new(0),
+        })
     }
 
-    /// Records that this process holds the lock. For a holder that bound the name, it returns the process that died
-    /// holding the lock before. A holder that received the lock by a hand-over follows a holder that released.
+    /// Records that this process holds the lock. For a holder that bound the name, it returns the
+    /// process that died holding the lock before. A holder that received the lock by a hand-over
+    /// follows a holder that released.
     pub(super) fn record_current(&self, has_bound: bool) -> Option<Box<Recovered>> {
         let before = holder_record::with_current(|record| self.put(record, WRITTEN));
         step("holder recorded");
-        let died = before.filter(|before| has_bound && before.is_of(self.key) && before.state() == WRITTEN)?;
-        let owner = holder_record::owner_of(&died.words).or_else(|| copied_owner(self.records.slot(died.at)?));
+        let died = before
+            .filter(|before| has_bound && before.is_of(self.key) && before.state() == WRITTEN)?;
+        let owner = holder_record::owner_of(&died.words)
+            .or_else(|| copied_owner(self.records.slot(died.at)?));
         Some(Box::new(Recovered::new(owner)))
     }
 
@@ -87,19 +101,24 @@ impl HolderRecord {
         step("receiver recorded");
     }
 
-    /// Records that no process holds the lock. If the record stayed, the next owner would get a false report of a
-    /// death.
+    /// Records that no process holds the lock. If the record stayed, the next owner would get a
+    /// false report of a death.
     pub(super) fn clear(&self) {
         if let Some((slot, word)) = self.remembered_word() {
             if word & STATE != CLEARED {
-                // No other process changes the slot, not even for a new lock, because this holder lives.
+                // No other process changes the slot, not even for a new lock, because this holder
+                // lives.
                 slot[0].store(word_after(word, self.key, CLEARED), Ordering::Release);
             }
             return;
         }
         // A process that has written a slot may write it again.
         let known = self.remembered();
-        let found = || self.records.locate(self.key, false).filter(|seen| self.records.may_write(seen.at));
+        let found = || {
+            self.records
+                .locate(self.key, false)
+                .filter(|seen| self.records.may_write(seen.at))
+        };
         if let Some(seen) = known.or_else(found).filter(|seen| seen.state() != CLEARED) {
             self.records.clear(&seen);
         }
@@ -107,7 +126,8 @@ impl HolderRecord {
 
     /// Returns the holder from the record, or the process that died holding the lock.
     pub(super) fn holder(&self) -> Option<Owner> {
-        /// A record is written in less time. The reader does not wait for a writer that is stopped in between.
+        /// A record is written in less time. The reader does not wait for a writer that is stopped
+        /// in between.
         const MAX_TRIES: usize = 100;
         for _ in 0..MAX_TRIES {
             let seen = self.find()?;
@@ -125,8 +145,8 @@ impl HolderRecord {
         None
     }
 
-    /// Returns how often waiters of this lock, and of some others, have queued up so far, and `None` without shared
-    /// memory for the count.
+    /// Returns how often waiters of this lock, and of some others, have queued up so far, and
+    /// `None` without shared memory for the count.
     pub(super) fn waiter_count(&self) -> Option<u64> {
         Some(self.counter()?.load(Ordering::SeqCst))
     }
@@ -145,15 +165,22 @@ impl HolderRecord {
 
     /// Returns the lock's slot.
     fn find(&self) -> Option<SlotContent> {
-        self.remembered().or_else(|| self.records.locate(self.key, false))
+        self.remembered()
+            .or_else(|| self.records.locate(self.key, false))
     }
 
     /// Returns the lock's slot at its last position.
     fn remembered(&self) -> Option<SlotContent> {
         let at = self.slot.load(Ordering::Relaxed);
         let mut words = [[0; WORDS]];
-        (at != 0).then(|| self.records.read(at, &mut words)).flatten()?;
-        Some(SlotContent { at, words: words[0] }).filter(|seen| seen.is_of(self.key))
+        (at != 0)
+            .then(|| self.records.read(at, &mut words))
+            .flatten()?;
+        Some(SlotContent {
+            at,
+            words: words[0],
+        })
+        .filter(|seen| seen.is_of(self.key))
     }
 
     /// Returns the slot and its word 0, like [`remembered`](Self::remembered), for a mapped table.
@@ -164,13 +191,17 @@ impl HolderRecord {
         (word & KEY == self.key).then_some((slot, word))
     }
 
-    /// Writes `record` into the lock's slot, or takes a slot for it. Returns the previous content, also if writing
-    /// fails.
+    /// Writes `record` into the lock's slot, or takes a slot for it. Returns the previous content,
+    /// also if writing fails.
     fn put(&self, record: &Words, state: u64) -> Option<SlotContent> {
-        /// The number of times that another lock may take the slot first; then this lock has no record.
+        /// The number of times that another lock may take the slot first; then this lock has no
+        /// record.
         const MAX_TRIES: usize = 16;
         let mut seen = None;
-        if let Some((slot, word)) = self.remembered_word().filter(|(_, word)| word & STATE == CLEARED) {
+        if let Some((slot, word)) = self
+            .remembered_word()
+            .filter(|(_, word)| word & STATE == CLEARED)
+        {
             if write_slot(slot, word, word_after(word, self.key, state), record) {
                 return None;
             }
@@ -181,7 +212,9 @@ impl HolderRecord {
                 Some(found) => found,
                 None => {
                     order = self.records.order_claims();
-                    self.records.locate(self.key, true).filter(|found| self.records.may_write(found.at))?
+                    self.records
+                        .locate(self.key, true)
+                        .filter(|found| self.records.may_write(found.at))?
                 }
             };
             seen = Some(found);
@@ -201,7 +234,11 @@ pub(super) struct Holders(HashMap<u64, Owner>);
 
 impl Holders {
     pub(super) fn read(sharing: Sharing) -> Self {
-        Self(Records::of(sharing).map(|records| records.holders()).unwrap_or_default())
+        Self(
+            Records::of(sharing)
+                .map(|records| records.holders())
+                .unwrap_or_default(),
+        )
     }
 
     pub(super) fn of(&mut self, name: &str) -> Option<Owner> {

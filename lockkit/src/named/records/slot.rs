@@ -68,11 +68,15 @@ impl SlotContent {
 /// Writes a record into a slot, with this word 0, if word 0 is still `before`.
 #[inline]
 pub(super) fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> bool {
-    // A holder that dies while it writes has not begun. But if it follows a holder that died, that death must still be
-    // reported. A releasing holder that dies while it writes its receiver has released: the receiver lives.
+    // A holder that dies while it writes has not begun. But if it follows a holder that died, that
+    // death must still be reported. A releasing holder that dies while it writes its receiver has
+    // released: the receiver lives.
     let follows_death = (before ^ word) & (KEY | STATE) == 0 && word & STATE == WRITTEN;
     let meanwhile = if follows_death { word } else { word | CLAIMED };
-    if slot[0].compare_exchange(before, meanwhile, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+    if slot[0]
+        .compare_exchange(before, meanwhile, Ordering::AcqRel, Ordering::Relaxed)
+        .is_err()
+    {
         return false;
     }
     if follows_death {
@@ -89,8 +93,8 @@ pub(super) fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Wo
     true
 }
 
-/// Copies the identity of a dead holder before its record is overwritten. If the record is not whole, a holder that
-/// also died was overwriting it, and the copy exists already.
+/// Copies the identity of a dead holder before its record is overwritten. If the record is not
+/// whole, a holder that also died was overwriting it, and the copy exists already.
 #[cold]
 pub(super) fn copy_identity(slot: &[AtomicU64]) {
     let record: Words = std::array::from_fn(|at| slot[at].load(Ordering::Relaxed));
@@ -174,7 +178,12 @@ mod tests {
             holder_record::encode(&owner)
         };
         let words = || -> Words { std::array::from_fn(|at| slot[at].load(Ordering::Relaxed)) };
-        assert!(write_slot(&slot, 0, word_after(0, key, WRITTEN), &record(7)));
+        assert!(write_slot(
+            &slot,
+            0,
+            word_after(0, key, WRITTEN),
+            &record(7)
+        ));
         assert_eq!(holder_record::owner_of(&words()).unwrap().pid(), 7);
         for _ in 0..2 {
             // The writer follows a death, and is killed after it has written one word.
@@ -184,14 +193,20 @@ mod tests {
             assert_eq!(copied_owner(&slot).unwrap().pid(), 7);
         }
         let before = slot[0].load(Ordering::Relaxed);
-        assert!(write_slot(&slot, before, word_after(before, key, WRITTEN), &record(9)));
+        assert!(write_slot(
+            &slot,
+            before,
+            word_after(before, key, WRITTEN),
+            &record(9)
+        ));
         assert_eq!(holder_record::owner_of(&words()).unwrap().pid(), 9);
     }
 
     #[test]
     fn keys_of_names_are_distinct() {
-        let keys: std::collections::HashSet<u64> =
-            (0..100_000).map(|number| key_of(&format!("lock-{number}"))).collect();
+        let keys: std::collections::HashSet<u64> = (0..100_000)
+            .map(|number| key_of(&format!("lock-{number}")))
+            .collect();
         assert_eq!(keys.len(), 100_000);
         assert!(!keys.contains(&0));
     }

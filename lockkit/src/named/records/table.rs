@@ -51,13 +51,16 @@ pub(super) struct Records {
 #[derive(Debug)]
 enum Store {
     /// In shared memory. Each level is mapped at its first use.
-    Mapped { header: Mapping, levels: [OnceLock<Mapping>; MAX_LEVELS as usize] },
+    Mapped {
+        header: Mapping,
+        levels: [OnceLock<Mapping>; MAX_LEVELS as usize],
+    },
     /// Accessed by system calls.
     File(Opened),
 }
 
-/// A descriptor of the table's file. A program may close descriptors that it did not open; then the file is opened
-/// again.
+/// A descriptor of the table's file. A program may close descriptors that it did not open; then the
+/// file is opened again.
 #[derive(Debug)]
 struct Opened {
     file: ForkGuarded<File>,
@@ -67,19 +70,26 @@ struct Opened {
 impl Opened {
     fn new(file: File) -> Self {
         let Ok(file) = ForkGuarded::new(|| Ok::<_, Infallible>(file));
-        Self { file: file.know().keep_across_fork(), reopened: OnceLock::new() }
+        Self {
+            file: file.know().keep_across_fork(),
+            reopened: OnceLock::new(),
+        }
     }
 
     /// Returns the descriptor that was opened last.
     fn last(&self) -> &Self {
-        std::iter::successors(Some(self), |opened| opened.reopened.get().map(Box::as_ref)).last().unwrap_or(self)
+        std::iter::successors(Some(self), |opened| opened.reopened.get().map(Box::as_ref))
+            .last()
+            .unwrap_or(self)
     }
 }
 
 /// Opens the file of the table below `base`, or in the directory of the file backend.
 fn open_file(base: Option<&str>, sharing: Sharing) -> Result<(RuntimeDir, File)> {
-    let directory =
-        base.map_or_else(|| runtime_dir::open(sharing), |base| runtime_dir::open_in(base.as_ref(), sharing))?;
+    let directory = base.map_or_else(
+        || runtime_dir::open(sharing),
+        |base| runtime_dir::open_in(base.as_ref(), sharing),
+    )?;
     let file = directory.open_file(FILE)?;
     Ok((directory, file))
 }
@@ -89,8 +99,8 @@ fn identity(file: &std::fs::Metadata) -> (u64, u64) {
 }
 
 impl Records {
-    /// Returns the table for `sharing`, which this process opens once: in memory, or in the directory of the file
-    /// backend if memory cannot be used. A deleted file is opened again.
+    /// Returns the table for `sharing`, which this process opens once: in memory, or in the
+    /// directory of the file backend if memory cannot be used. A deleted file is opened again.
     pub(super) fn of(sharing: Sharing) -> Result<Arc<Self>> {
         /// A forked child has its own value, because it may have inherited the mutex locked.
         static OPENED: ProcessLocal<Mutex<Vec<Arc<Records>>>> = ProcessLocal::new();
@@ -99,7 +109,9 @@ impl Records {
         if let Some(records) = opened.iter().find(|records| records.sharing == sharing) {
             return Ok(records.clone());
         }
-        let records = Self::open(Some("/dev/shm"), sharing).or_else(|_| Self::open(None, sharing)).map(Arc::new)?;
+        let records = Self::open(Some("/dev/shm"), sharing)
+            .or_else(|_| Self::open(None, sharing))
+            .map(Arc::new)?;
         opened.push(records.clone());
         Ok(records)
     }
@@ -113,22 +125,38 @@ impl Records {
         let mapped = || {
             is_complete(&file, found.len(), 2 * PAGE).then_some(())?;
             let header = Mapping::new(&file, 0, PAGE_WORDS).ok()?;
-            let found = header.words()[0].compare_exchange(0, MAGIC, Ordering::AcqRel, Ordering::Acquire);
+            let found =
+                header.words()[0].compare_exchange(0, MAGIC, Ordering::AcqRel, Ordering::Acquire);
             matches!(found, Ok(_) | Err(MAGIC)).then_some(())?;
             header.words()[LEVEL_COUNT].fetch_max(1, Ordering::AcqRel);
-            Some(Store::Mapped { header, levels: [const { OnceLock::new() }; MAX_LEVELS as usize] })
+            Some(Store::Mapped {
+                header,
+                levels: [const { OnceLock::new() }; MAX_LEVELS as usize],
+            })
         };
         let file_id = identity(&found);
-        let store = if private && tmpfile::is_in_memory(&file) { mapped() } else { None };
+        let store = if private && tmpfile::is_in_memory(&file) {
+            mapped()
+        } else {
+            None
+        };
         let store = match store {
             Some(store) => store,
-            // System calls must not write a mapped table: they would not see the exchanges of word 0.
+            // System calls must not write a mapped table: they would not see the exchanges of word
+            // 0.
             None if private && tmpfile::is_in_memory(&file) => {
                 return Err(failed(std::io::ErrorKind::InvalidData.into()));
             }
             None => Store::File(Opened::new(file)),
         };
-        Ok(Self { sharing, base, path, file: file_id, checked: AtomicU64::new(holder_record::now()), store })
+        Ok(Self {
+            sharing,
+            base,
+            path,
+            file: file_id,
+            checked: AtomicU64::new(holder_record::now()),
+            store,
+        })
     }
 
     /// Returns whether the path still leads to the file, as of at most 10 ms ago.
@@ -143,7 +171,8 @@ impl Records {
         std::fs::metadata(&self.path).is_ok_and(|found| identity(&found) == self.file)
     }
 
-    /// Returns the counter of waiters of the lock with this key, and of some others. Only a mapped table has counters.
+    /// Returns the counter of waiters of the lock with this key, and of some others. Only a mapped
+    /// table has counters.
     pub(super) fn waiter_counter(&self, key: u64) -> Option<&AtomicU64> {
         match &self.store {
             Store::Mapped { header, .. } => header.words().get(COUNTERS + (key >> 56) as usize),
@@ -164,16 +193,22 @@ impl Records {
                     Err(error) if Errno::from_io_error(&error) != Some(Errno::BADF) => return None,
                     _ => self.reopen(opened)?,
                 };
-                Some((1..MAX_LEVELS).find(|level| found.len() <= PAGE << level).unwrap_or(MAX_LEVELS))
+                Some(
+                    (1..MAX_LEVELS)
+                        .find(|level| found.len() <= PAGE << level)
+                        .unwrap_or(MAX_LEVELS),
+                )
             }
         }
     }
 
-    /// Returns the file's metadata if the descriptor is still the table's: a program may have closed it, and opened
-    /// another file. A slot with the lock's key proves the same, so nothing is written through a descriptor of another
-    /// file.
+    /// Returns the file's metadata if the descriptor is still the table's: a program may have
+    /// closed it, and opened another file. A slot with the lock's key proves the same, so nothing
+    /// is written through a descriptor of another file.
     fn metadata_if_current(&self, file: &File) -> Option<std::fs::Metadata> {
-        file.metadata().ok().filter(|found| identity(found) == self.file)
+        file.metadata()
+            .ok()
+            .filter(|found| identity(found) == self.file)
     }
 
     /// Opens the file through another descriptor, if the path still leads to it.
@@ -188,7 +223,9 @@ impl Records {
 
     /// Returns the memory of an existing level of the table.
     fn level(&self, level: u32) -> Option<&Mapping> {
-        let Store::Mapped { levels, .. } = &self.store else { return None };
+        let Store::Mapped { levels, .. } = &self.store else {
+            return None;
+        };
         let mapped = levels.get(level as usize)?;
         if let Some(mapped) = mapped.get() {
             return Some(mapped);
@@ -217,15 +254,18 @@ impl Records {
             Store::File(opened) => {
                 let file = &opened.last().file;
                 let mut slots = [[0; SLOT]; N];
-                // A part that the file does not have yet reads as zeros. A local file is read up to its end in one
-                // call. A record that was not read completely has a wrong sum.
-                while let Err(error) = file.read_at(slots.as_flattened_mut(), u64::from(at) * SLOT as u64) {
+                // A part that the file does not have yet reads as zeros. A local file is read up to
+                // its end in one call. A record that was not read completely has a wrong sum.
+                while let Err(error) =
+                    file.read_at(slots.as_flattened_mut(), u64::from(at) * SLOT as u64)
+                {
                     if error.kind() != std::io::ErrorKind::Interrupted {
                         return None;
                     }
                 }
                 for (words, bytes) in into.iter_mut().zip(&slots) {
-                    for (word, bytes) in words[..=ACQUIRED].iter_mut().zip(bytes.chunks_exact(WORD)) {
+                    for (word, bytes) in words[..=ACQUIRED].iter_mut().zip(bytes.chunks_exact(WORD))
+                    {
                         *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
                     }
                 }
@@ -234,8 +274,8 @@ impl Records {
         Some(())
     }
 
-    /// Returns the slot of the lock with this key. If there is none and `to_claim` is set, it returns a slot that the
-    /// lock can take.
+    /// Returns the slot of the lock with this key. If there is none and `to_claim` is set, it
+    /// returns a slot that the lock can take.
     pub(super) fn locate(&self, key: u64, to_claim: bool) -> Option<SlotContent> {
         let mut vacant = None;
         let mut living = holder_record::LivenessCache::default();
@@ -243,22 +283,34 @@ impl Records {
         for level in 0..levels {
             let first = bucket_of(key, level);
             let mut words = [[0; WORDS]; BUCKET];
-            // A level that cannot be read may have the slot, so no slot may be taken in another level.
+            // A level that cannot be read may have the slot, so no slot may be taken in another
+            // level.
             self.read(first, &mut words)?;
-            let bucket = || (first..).zip(&words).map(|(at, words)| SlotContent { at, words: *words });
+            let bucket = || {
+                (first..)
+                    .zip(&words)
+                    .map(|(at, words)| SlotContent { at, words: *words })
+            };
             if let Some(found) = bucket().find(|seen| seen.is_of(key)) {
                 return Some(found);
             }
             if to_claim && vacant.is_none() {
                 let age = |seen: &SlotContent| seen.words[ACQUIRED];
-                vacant = bucket().filter(|seen| seen.state() == CLEARED).min_by_key(age);
+                vacant = bucket()
+                    .filter(|seen| seen.state() == CLEARED)
+                    .min_by_key(age);
                 if vacant.is_none() && level >= FIRST_EVICTING_LEVEL {
-                    vacant = bucket().filter(|seen| is_of_dead_holder(seen, &mut living)).min_by_key(age);
+                    vacant = bucket()
+                        .filter(|seen| is_of_dead_holder(seen, &mut living))
+                        .min_by_key(age);
                 }
             }
         }
         if to_claim && vacant.is_none() {
-            vacant = self.grow(levels).map(|()| SlotContent { at: bucket_of(key, levels), words: [0; WORDS] });
+            vacant = self.grow(levels).map(|()| SlotContent {
+                at: bucket_of(key, levels),
+                words: [0; WORDS],
+            });
         }
         vacant
     }
@@ -268,7 +320,9 @@ impl Records {
     fn grow(&self, level: u32) -> Option<()> {
         (level < MAX_LEVELS).then_some(())?;
         // A file grows when it is written.
-        let Store::Mapped { header, .. } = &self.store else { return Some(()) };
+        let Store::Mapped { header, .. } = &self.store else {
+            return Some(());
+        };
         let (_, file) = open_file(self.base, self.sharing).ok()?;
         let found = self.metadata_if_current(&file)?;
         is_complete(&file, found.len(), PAGE << (level + 1)).then_some(())?;
@@ -276,16 +330,22 @@ impl Records {
         Some(())
     }
 
-    /// Orders the processes that take a slot of another lock, until the returned file is dropped. Only the file store
-    /// needs it, because it has no exchange. It waits only briefly, because another user may keep the lock; then two
-    /// processes may take the same slot, and one of them has no record.
+    /// Orders the processes that take a slot of another lock, until the returned file is dropped.
+    /// Only the file store needs it, because it has no exchange. It waits only briefly, because
+    /// another user may keep the lock; then two processes may take the same slot, and one of them
+    /// has no record.
     pub(super) fn order_claims(&self) -> Option<File> {
         const MAX_TRIES: usize = 20;
         const RETRY_INTERVAL: Duration = Duration::from_micros(50);
-        let Store::File(_) = &self.store else { return None };
+        let Store::File(_) = &self.store else {
+            return None;
+        };
         // If the file has been replaced, there is nothing to order.
-        let file =
-            OpenOptions::new().read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK).open(&self.path).ok()?;
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(files::NOFOLLOW | files::NONBLOCK)
+            .open(&self.path)
+            .ok()?;
         for _ in 0..MAX_TRIES {
             if flock::try_lock(&file, flock::Mode::Exclusive).ok()? {
                 return Some(file);
@@ -295,8 +355,8 @@ impl Records {
         None
     }
 
-    /// Returns whether this process may write the slot `at`. It is checked once for each slot and not at each write,
-    /// which would cost a machine-wide lock a tenth of its cycle.
+    /// Returns whether this process may write the slot `at`. It is checked once for each slot and
+    /// not at each write, which would cost a machine-wide lock a tenth of its cycle.
     pub(super) fn may_write(&self, at: u32) -> bool {
         matches!(self.store, Store::Mapped { .. }) || may_reach(u64::from(at + 1) * SLOT as u64)
     }
@@ -306,14 +366,25 @@ impl Records {
         let before = seen.words[0];
         let word = word_after(before, key, state);
         match &self.store {
-            Store::Mapped { .. } => self.slot(seen.at).is_some_and(|slot| write_slot(slot, before, word, record)),
+            Store::Mapped { .. } => self
+                .slot(seen.at)
+                .is_some_and(|slot| write_slot(slot, before, word, record)),
             Store::File(opened) => {
                 let mut bytes = [0; (ACQUIRED + 1) * WORD];
-                let words = [word].into_iter().chain(record[IDENTITY.start..ACQUIRED].iter().copied());
-                for (bytes, word) in bytes.chunks_exact_mut(WORD).zip(words.chain([holder_record::now()])) {
+                let words = [word]
+                    .into_iter()
+                    .chain(record[IDENTITY.start..ACQUIRED].iter().copied());
+                for (bytes, word) in bytes
+                    .chunks_exact_mut(WORD)
+                    .zip(words.chain([holder_record::now()]))
+                {
                     bytes.copy_from_slice(&word.to_ne_bytes());
                 }
-                opened.last().file.write_all_at(&bytes, u64::from(seen.at) * SLOT as u64).is_ok()
+                opened
+                    .last()
+                    .file
+                    .write_all_at(&bytes, u64::from(seen.at) * SLOT as u64)
+                    .is_ok()
             }
         }
     }
@@ -324,7 +395,8 @@ impl Records {
         match &self.store {
             Store::Mapped { .. } => {
                 if let Some(slot) = self.slot(seen.at) {
-                    let _ = slot[0].compare_exchange(before, word, Ordering::AcqRel, Ordering::Relaxed);
+                    let _ =
+                        slot[0].compare_exchange(before, word, Ordering::AcqRel, Ordering::Relaxed);
                 }
             }
             Store::File(opened) => {
@@ -343,12 +415,17 @@ impl Records {
     /// Returns the holders of all locks, by the keys of the locks.
     pub(super) fn holders(&self) -> HashMap<u64, Owner> {
         let mut holders = HashMap::new();
-        for first in (SLOTS_OF_A_PAGE..SLOTS_OF_A_PAGE << self.levels().unwrap_or_default()).step_by(BUCKET) {
+        for first in
+            (SLOTS_OF_A_PAGE..SLOTS_OF_A_PAGE << self.levels().unwrap_or_default()).step_by(BUCKET)
+        {
             let mut bucket = [[0; WORDS]; BUCKET];
             if self.read(first, &mut bucket).is_none() {
                 continue;
             }
-            for words in bucket.iter().filter(|words| [WRITTEN, HANDED].contains(&(words[0] & STATE))) {
+            for words in bucket
+                .iter()
+                .filter(|words| [WRITTEN, HANDED].contains(&(words[0] & STATE)))
+            {
                 holders.extend(holder_record::owner_of(words).map(|owner| (words[0] & KEY, owner)));
             }
         }
@@ -362,18 +439,22 @@ fn is_of_dead_holder(seen: &SlotContent, living: &mut holder_record::LivenessCac
     holder_record::owner_of(&seen.words).is_some_and(|owner| !living.may_live(&owner))
 }
 
-/// Returns whether the file, which was `length` bytes long, has memory for `bytes` bytes, and reserves them if not.
+/// Returns whether the file, which was `length` bytes long, has memory for `bytes` bytes, and
+/// reserves them if not.
 fn is_complete(file: &File, length: u64, bytes: u64) -> bool {
     if length >= bytes {
         return true;
     }
-    let is_reserved = may_reach(bytes) && fallocate(file, FallocateFlags::empty(), 0, bytes).is_ok();
+    let is_reserved =
+        may_reach(bytes) && fallocate(file, FallocateFlags::empty(), 0, bytes).is_ok();
     step("space for records reserved");
     is_reserved
 }
 
-/// Returns whether this process may write a file up to this length. Beyond its limit of file sizes the kernel would
-/// kill it (`SIGXFSZ`).
+/// Returns whether this process may write a file up to this length. Beyond its limit of file sizes
+/// the kernel would kill it (`SIGXFSZ`).
 fn may_reach(length: u64) -> bool {
-    getrlimit(Resource::Fsize).current.is_none_or(|most| length <= most)
+    getrlimit(Resource::Fsize)
+        .current
+        .is_none_or(|most| length <= most)
 }

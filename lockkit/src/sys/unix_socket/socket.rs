@@ -1,4 +1,5 @@
-//! Abstract sockets of any kind: addresses, listening, connecting, and the process at the other end.
+//! Abstract sockets of any kind: addresses, listening, connecting, and the process at the other
+//! end.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -13,8 +14,8 @@ use crate::sys::{event, process, user};
 
 pub(crate) type Address = SocketAddrUnix;
 
-/// The number of connections that may wait to be accepted; the kernel's own limit, `net.core.somaxconn`, is as large by
-/// default.
+/// The number of connections that may wait to be accepted; the kernel's own limit,
+/// `net.core.somaxconn`, is as large by default.
 const BACKLOG: i32 = 4096;
 
 /// The process at the other end of a connection.
@@ -31,7 +32,12 @@ pub(crate) fn address(name: &str) -> Result<Address> {
 }
 
 pub(super) fn socket(kind: SocketType) -> Result<OwnedFd> {
-    net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
+    net::socket_with(
+        AddressFamily::UNIX,
+        kind,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
 }
 
 pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<ForkGuarded>> {
@@ -62,7 +68,8 @@ pub(crate) fn listen(socket: &ForkGuarded) -> Result<()> {
 pub(crate) enum Reached {
     /// The connection is in the queue of the listener at the address.
     Queue(ForkGuarded),
-    /// The address is taken but has no listener, as while its owner is starting or ending; or the address is free.
+    /// The address is taken but has no listener, as while its owner is starting or ending; or the
+    /// address is free.
     NoListener,
     /// The queue is full.
     Full,
@@ -84,13 +91,21 @@ pub(super) fn connect_by(connection: ForkGuarded, address: &Address) -> Result<R
     }
 }
 
-/// Returns the process at the other end: for a connection the process that last called `listen`, for an accepted one
-/// the process that connected.
+/// Returns the process at the other end: for a connection the process that last called `listen`,
+/// for an accepted one the process that connected.
 ///
-/// rustix's `socket_peercred` does not fit: its type says that a pid is never 0. The kernel writes 0 for a process of a
-/// pid namespace that this process does not see.
+/// rustix's `socket_peercred` does not fit: its type says that a pid is never 0. The kernel writes
+/// 0 for a process of a pid namespace that this process does not see.
 pub(crate) fn peer(connection: impl AsFd) -> Result<Peer> {
-    let found = option(connection, libc::SO_PEERCRED, libc::ucred { pid: 0, uid: 0, gid: 0 })?;
+    let found = option(
+        connection,
+        libc::SO_PEERCRED,
+        libc::ucred {
+            pid: 0,
+            uid: 0,
+            gid: 0,
+        },
+    )?;
     Ok(found.into())
 }
 
@@ -103,9 +118,17 @@ impl Plain for i32 {}
 pub(super) fn option<T: Plain>(socket: impl AsFd, option: i32, mut value: T) -> Result<T> {
     let mut length = size_of::<T>() as libc::socklen_t;
     let descriptor = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes to `value`, which has as many, and any bytes are a value of it.
-    let status =
-        unsafe { libc::getsockopt(descriptor, libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut length) };
+    // SAFETY: the kernel writes at most `length` bytes to `value`, which has as many, and any bytes
+    // are a value of it.
+    let status = unsafe {
+        libc::getsockopt(
+            descriptor,
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
     match status {
         0 => Ok(value),
         _ => Err(last_error()),
@@ -118,21 +141,32 @@ pub(super) fn last_error() -> Errno {
 
 impl From<libc::ucred> for Peer {
     fn from(found: libc::ucred) -> Self {
-        Self { uid: found.uid, pid: found.pid.unsigned_abs() }
+        Self {
+            uid: found.uid,
+            pid: found.pid.unsigned_abs(),
+        }
     }
 }
 
-/// Whether `peer`, the process at the other end of `connection`, belongs to the user `own` of this process.
+/// Whether `peer`, the process at the other end of `connection`, belongs to the user `own` of this
+/// process.
 ///
-/// Equal uids are not enough if the uid may mean several users (see [`user`]). Then the process must be in this
-/// process's user namespace, and the kernel must show it to this process as one of the same user.
+/// Equal uids are not enough if the uid may mean several users (see [`user`]). Then the process
+/// must be in this process's user namespace, and the kernel must show it to this process as one of
+/// the same user.
 pub(crate) fn is_own(connection: impl AsFd, peer: Peer, own: u32) -> bool {
     if peer.uid != own || user::is_one(own) {
         return peer.uid == own;
     }
     // `SO_PEERPIDFD`, which differs on one architecture.
-    const PEERPIDFD: i32 = if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) { 0x56 } else { 77 };
-    let Ok(process) = option(connection, PEERPIDFD, -1_i32) else { return false };
+    const PEERPIDFD: i32 = if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) {
+        0x56
+    } else {
+        77
+    };
+    let Ok(process) = option(connection, PEERPIDFD, -1_i32) else {
+        return false;
+    };
     if process < 0 {
         return false;
     }

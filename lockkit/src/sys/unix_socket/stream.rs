@@ -1,7 +1,8 @@
 //! Abstract sockets that carry bytes both ways, without ever waiting: `SOCK_STREAM`.
 //!
-//! Descriptors that a peer sends are never received: the reads leave no room for them, so the kernel closes them. Every
-//! socket is fork-guarded, so that a forked child neither keeps the address nor keeps a peer waiting.
+//! Descriptors that a peer sends are never received: the reads leave no room for them, so the
+//! kernel closes them. Every socket is fork-guarded, so that a forked child neither keeps the
+//! address nor keeps a peer waiting.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -27,7 +28,9 @@ pub(crate) fn connect(address: &Address) -> Result<Reached> {
 /// Accepts the next connection of the queue. Returns `None` if there is none.
 pub(crate) fn accept(listener: &ForkGuarded) -> Result<Option<ForkGuarded>> {
     loop {
-        match ForkGuarded::new(|| net::accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
+        match ForkGuarded::new(|| {
+            net::accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
+        }) {
             Ok(connection) => {
                 step("client accepted");
                 return Ok(Some(connection.know()));
@@ -55,7 +58,13 @@ pub(crate) fn send(connection: &ForkGuarded, bytes: &[u8]) -> Result<Transferred
     if !connection.is_own() {
         return Ok(Transferred::Closed);
     }
-    match retry_on_intr(|| net::send(&**connection, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)) {
+    match retry_on_intr(|| {
+        net::send(
+            &**connection,
+            bytes,
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        )
+    }) {
         Ok(sent) => {
             step("bytes sent");
             Ok(Transferred::Bytes(sent))
@@ -67,10 +76,15 @@ pub(crate) fn send(connection: &ForkGuarded, bytes: &[u8]) -> Result<Transferred
 }
 
 /// Appends the arrived bytes to `to`, at most `max`.
-pub(crate) fn receive(connection: &ForkGuarded, to: &mut Vec<u8>, max: usize) -> Result<Transferred> {
+pub(crate) fn receive(
+    connection: &ForkGuarded,
+    to: &mut Vec<u8>,
+    max: usize,
+) -> Result<Transferred> {
     let before = to.len();
     to.resize(before + max, 0);
-    let received = retry_on_intr(|| net::recv(&**connection, &mut to[before..], RecvFlags::DONTWAIT));
+    let received =
+        retry_on_intr(|| net::recv(&**connection, &mut to[before..], RecvFlags::DONTWAIT));
     to.truncate(before + received.map_or(0, |(received, _)| received));
     match received {
         Ok((0, _)) | Err(Errno::CONNRESET) => Ok(Transferred::Closed),
@@ -91,7 +105,8 @@ pub(crate) struct Epoll(ForkGuarded);
 
 impl Epoll {
     pub(crate) fn new() -> Result<Self> {
-        ForkGuarded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC)).map(|made| Self(made.know()))
+        ForkGuarded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC))
+            .map(|made| Self(made.know()))
     }
 
     /// Watches `fd`, under the name `id`, until it is closed or removed.
@@ -101,7 +116,11 @@ impl Epoll {
 
     /// Pauses the watch on `fd`, or resumes it.
     pub(crate) fn pause(&self, fd: impl AsFd, id: u64, pause: bool) -> Result<()> {
-        let flags = if pause { EventFlags::empty() } else { EventFlags::IN };
+        let flags = if pause {
+            EventFlags::empty()
+        } else {
+            EventFlags::IN
+        };
         epoll::modify(&*self.0, fd, EventData::new_u64(id), flags)
     }
 
@@ -109,15 +128,21 @@ impl Epoll {
         epoll::delete(&*self.0, fd)
     }
 
-    /// Returns the names of the descriptors that are readable now or have hung up; only some of them, if there are
-    /// many.
+    /// Returns the names of the descriptors that are readable now or have hung up; only some of
+    /// them, if there are many.
     pub(crate) fn ready(&self) -> Result<impl Iterator<Item = u64> + use<>> {
         const MAX_EVENTS: usize = 32;
         if !self.0.is_own() {
             return Err(Errno::BADF);
         }
-        let mut events = [Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; MAX_EVENTS];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut events = [Event {
+            flags: EventFlags::empty(),
+            data: EventData::new_u64(0),
+        }; MAX_EVENTS];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         let count = retry_on_intr(|| epoll::wait(&*self.0, &mut events, Some(&now)))?;
         Ok(events.into_iter().take(count).map(|event| event.data.u64()))
     }

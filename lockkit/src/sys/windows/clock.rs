@@ -1,9 +1,9 @@
-//! The time since the system started, including the time asleep. Setting the clock does not move it. It is the
-//! interrupt time, read to less than a microsecond.
+//! The time since the system started, including the time asleep. Setting the clock does not move
+//! it. It is the interrupt time, read to less than a microsecond.
 //!
-//! Systems older than the call (before Windows 10) and Wine use the performance counter instead. The coarse readings of
-//! the interrupt time are not precise enough: a tick of 16 ms is longer than the margin by which a lease's holder gives
-//! up early.
+//! Systems older than the call (before Windows 10) and Wine use the performance counter instead.
+//! The coarse readings of the interrupt time are not precise enough: a tick of 16 ms is longer than
+//! the margin by which a lease's holder gives up early.
 
 use std::mem;
 use std::sync::OnceLock;
@@ -39,7 +39,9 @@ fn find() -> Option<Query> {
         GetProcAddress(module, c"QueryInterruptTimePrecise".as_ptr().cast())
     };
     // SAFETY: this is how the function of that name is declared.
-    found.map(|found| unsafe { mem::transmute::<unsafe extern "system" fn() -> isize, Query>(found) })
+    found.map(|found| unsafe {
+        mem::transmute::<unsafe extern "system" fn() -> isize, Query>(found)
+    })
 }
 
 fn counted() -> Duration {

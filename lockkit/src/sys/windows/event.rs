@@ -1,22 +1,27 @@
 //! An event that wakes its waiters, and the one wait function of this crate.
 //!
-//! Waits with a handle end at a tick of the system's clock. The ticks come 16 ms apart unless some program has asked
-//! for more. Sleeps without a handle are exact to less than a millisecond.
+//! Waits with a handle end at a tick of the system's clock. The ticks come 16 ms apart unless some
+//! program has asked for more. Sleeps without a handle are exact to less than a millisecond.
 
 use std::io;
 use std::os::windows::io::{AsHandle, AsRawHandle, BorrowedHandle, FromRawHandle, OwnedHandle};
 use std::ptr;
 use std::time::Instant;
 
-use windows_sys::Win32::Foundation::{HANDLE, WAIT_ABANDONED_0, WAIT_FAILED, WAIT_OBJECT_0, WAIT_TIMEOUT};
-use windows_sys::Win32::System::Threading::{CreateEventW, INFINITE, SetEvent, WaitForMultipleObjects};
+use windows_sys::Win32::Foundation::{
+    HANDLE, WAIT_ABANDONED_0, WAIT_FAILED, WAIT_OBJECT_0, WAIT_TIMEOUT,
+};
+use windows_sys::Win32::System::Threading::{
+    CreateEventW, INFINITE, SetEvent, WaitForMultipleObjects,
+};
 
 /// An event: once set, it stays set.
 pub(crate) struct Event(OwnedHandle);
 
 impl Event {
     pub(crate) fn new() -> io::Result<Self> {
-        // SAFETY: the call makes a new event, which has no name, is reset by no thread and is not inherited.
+        // SAFETY: the call makes a new event, which has no name, is reset by no thread and is not
+        // inherited.
         let handle = unsafe { CreateEventW(ptr::null(), 1, 0, ptr::null()) };
         match handle.is_null() {
             true => Err(io::Error::last_os_error()),
@@ -56,8 +61,8 @@ pub(crate) enum Woke {
     TimedOut,
 }
 
-/// Sleeps until `handle` is signalled, `cancel` is set or `until` passes, whichever is first. If two happen together,
-/// the handle wins: its result would be lost otherwise.
+/// Sleeps until `handle` is signalled, `cancel` is set or `until` passes, whichever is first. If
+/// two happen together, the handle wins: its result would be lost otherwise.
 pub(crate) fn wait(
     handle: Option<BorrowedHandle<'_>>,
     cancel: Option<BorrowedHandle<'_>>,
@@ -91,22 +96,39 @@ pub(crate) struct Signalled {
 }
 
 /// Sleeps until one of `handles` is signalled. Returns `None` if `until` passed first.
-pub(crate) fn any(handles: &[BorrowedHandle<'_>], until: Option<Instant>) -> io::Result<Option<Signalled>> {
+pub(crate) fn any(
+    handles: &[BorrowedHandle<'_>],
+    until: Option<Instant>,
+) -> io::Result<Option<Signalled>> {
     let raw: Vec<HANDLE> = handles.iter().map(AsRawHandle::as_raw_handle).collect();
     let count = raw.len() as u32;
     loop {
         // Rounded up to the next millisecond, and never so many that they mean for ever.
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000));
+        let left = until.map(|until| {
+            until
+                .saturating_duration_since(Instant::now())
+                .as_micros()
+                .div_ceil(1000)
+        });
         let limit = left.map_or(INFINITE, |left| left.min(u128::from(INFINITE - 1)) as u32);
-        // SAFETY: the array has the given number of handles, which are all open as long as they are borrowed.
+        // SAFETY: the array has the given number of handles, which are all open as long as they are
+        // borrowed.
         match unsafe { WaitForMultipleObjects(count, raw.as_ptr(), 0, limit) } {
             WAIT_FAILED => return Err(io::Error::last_os_error()),
             WAIT_TIMEOUT if until.is_some_and(|until| Instant::now() >= until) => return Ok(None),
             WAIT_TIMEOUT => {}
             at if at < WAIT_OBJECT_0 + count => {
-                return Ok(Some(Signalled { at: (at - WAIT_OBJECT_0) as usize, abandoned: false }));
+                return Ok(Some(Signalled {
+                    at: (at - WAIT_OBJECT_0) as usize,
+                    abandoned: false,
+                }));
             }
-            at => return Ok(Some(Signalled { at: (at - WAIT_ABANDONED_0) as usize, abandoned: true })),
+            at => {
+                return Ok(Some(Signalled {
+                    at: (at - WAIT_ABANDONED_0) as usize,
+                    abandoned: true,
+                }));
+            }
         }
     }
 }

@@ -1,11 +1,13 @@
 //! Files on Windows, by the names of the standard library's Unix extensions.
 //!
-//! - *The identity* of a file: the volume's serial number and the file's id, which no other file has while it is open.
+//! - *The identity* of a file: the volume's serial number and the file's id, which no other file
+//!   has while it is open.
 //! - *Permissions* are inherited from the directory, so modes are not set.
-//! - *Deleting* a file that other processes have open removes its name at once on NTFS since Windows 10 1709. Elsewhere
-//!   the name stays until the last process closes the file. In between a call gets `STATUS_DELETE_PENDING`. This module
-//!   reports that as a missing file when it opens, and as an existing file when it creates. The callers then try again,
-//!   as they do when another process came first.
+//! - *Deleting* a file that other processes have open removes its name at once on NTFS since
+//!   Windows 10 1709. Elsewhere the name stays until the last process closes the file. In between a
+//!   call gets `STATUS_DELETE_PENDING`. This module reports that as a missing file when it opens,
+//!   and as an existing file when it creates. The callers then try again, as they do when another
+//!   process came first.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -17,14 +19,15 @@ use std::path::{Path, PathBuf};
 use std::ptr;
 
 use windows_sys::Win32::Foundation::{
-    ERROR_ACCESS_DENIED, ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME, ERROR_INVALID_PARAMETER, INVALID_HANDLE_VALUE,
-    STATUS_DELETE_PENDING,
+    ERROR_ACCESS_DENIED, ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME, ERROR_INVALID_PARAMETER,
+    INVALID_HANDLE_VALUE, STATUS_DELETE_PENDING,
 };
 use windows_sys::Win32::Storage::FileSystem::{
-    BY_HANDLE_FILE_INFORMATION, CREATE_NEW, CreateFileW, FILE_ATTRIBUTE_NORMAL, FILE_FLAG_BACKUP_SEMANTICS,
-    FILE_FLAG_OPEN_REPARSE_POINT, FILE_GENERIC_READ, FILE_GENERIC_WRITE, FILE_ID_INFO, FILE_READ_ATTRIBUTES,
-    FILE_REMOTE_PROTOCOL_INFO, FILE_SHARE_DELETE, FILE_SHARE_READ, FILE_SHARE_WRITE, FileIdInfo,
-    FileRemoteProtocolInfo, GetFileInformationByHandle, GetFileInformationByHandleEx,
+    BY_HANDLE_FILE_INFORMATION, CREATE_NEW, CreateFileW, FILE_ATTRIBUTE_NORMAL,
+    FILE_FLAG_BACKUP_SEMANTICS, FILE_FLAG_OPEN_REPARSE_POINT, FILE_GENERIC_READ,
+    FILE_GENERIC_WRITE, FILE_ID_INFO, FILE_READ_ATTRIBUTES, FILE_REMOTE_PROTOCOL_INFO,
+    FILE_SHARE_DELETE, FILE_SHARE_READ, FILE_SHARE_WRITE, FileIdInfo, FileRemoteProtocolInfo,
+    GetFileInformationByHandle, GetFileInformationByHandleEx,
 };
 
 use super::security::Descriptor;
@@ -38,7 +41,8 @@ pub(crate) const NOCTTY: i32 = 0;
 
 #[link(name = "ntdll")]
 unsafe extern "system" {
-    /// Returns the status of this thread's last system call, which is more precise than the Windows error made of it.
+    /// Returns the status of this thread's last system call, which is more precise than the Windows
+    /// error made of it.
     safe fn RtlGetLastNtStatus() -> i32;
 }
 
@@ -154,23 +158,28 @@ impl MetadataExt for Metadata {
 
 /// Opens an existing file.
 pub(crate) fn open(options: &OpenOptions, path: &Path) -> io::Result<File> {
-    options.open(path).map_err(|error| unless_pending(error, io::ErrorKind::NotFound))
+    options
+        .open(path)
+        .map_err(|error| unless_pending(error, io::ErrorKind::NotFound))
 }
 
 /// Creates a file; `options` must request that.
 pub(crate) fn create(options: &OpenOptions, path: &Path) -> io::Result<File> {
-    options.open(path).map_err(|error| unless_pending(error, io::ErrorKind::AlreadyExists))
+    options
+        .open(path)
+        .map_err(|error| unless_pending(error, io::ErrorKind::AlreadyExists))
 }
 
-/// Creates a file with the access that `access` gives, or with what the directory gives. All others may open, write and
-/// delete it meanwhile.
+/// Creates a file with the access that `access` gives, or with what the directory gives. All others
+/// may open, write and delete it meanwhile.
 ///
 /// # Errors
 /// `ERROR_FILE_EXISTS` if the path leads to a file.
 pub(crate) fn create_new(path: &Path, access: Option<&Descriptor>) -> io::Result<File> {
     let attributes = access.map(Descriptor::attributes);
     let wide = super::wide(&path.to_string_lossy());
-    // SAFETY: the path ends with a zero, and the attributes' descriptor lives until the end of this call.
+    // SAFETY: the path ends with a zero, and the attributes' descriptor lives until the end of this
+    // call.
     let handle = unsafe {
         CreateFileW(
             wide.as_ptr(),
@@ -189,10 +198,13 @@ pub(crate) fn create_new(path: &Path, access: Option<&Descriptor>) -> io::Result
     }
 }
 
-/// Returns the error of the call that has just failed, or `instead` if the call met a file that is being deleted.
+/// Returns the error of the call that has just failed, or `instead` if the call met a file that is
+/// being deleted.
 fn unless_pending(error: io::Error, instead: io::ErrorKind) -> io::Error {
     let status = RtlGetLastNtStatus();
-    match error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32) && status == STATUS_DELETE_PENDING {
+    match error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32)
+        && status == STATUS_DELETE_PENDING
+    {
         true => instead.into(),
         false => error,
     }
@@ -203,7 +215,8 @@ pub(crate) fn metadata_of(file: &File) -> io::Result<Metadata> {
     let metadata = file.metadata()?;
     let handle = file.as_raw_handle();
     let mut found = MaybeUninit::<BY_HANDLE_FILE_INFORMATION>::uninit();
-    // SAFETY: the handle is open as long as `file` is, and the call fills in its argument, or fails.
+    // SAFETY: the handle is open as long as `file` is, and the call fills in its argument, or
+    // fails.
     let found = unsafe {
         if GetFileInformationByHandle(handle, found.as_mut_ptr()) == 0 {
             return Err(io::Error::last_os_error());
@@ -221,7 +234,10 @@ pub(crate) fn metadata_of(file: &File) -> io::Result<Metadata> {
         // NTFS has ids of 64 bits, ReFS of all 128.
         Some(id) => {
             let whole = u128::from_le_bytes(id.FileId.Identifier);
-            (id.VolumeSerialNumber, whole as u64 ^ ((whole >> 64) as u64).rotate_left(32))
+            (
+                id.VolumeSerialNumber,
+                whole as u64 ^ ((whole >> 64) as u64).rotate_left(32),
+            )
         }
         // File systems older than this query.
         None => {
@@ -229,7 +245,12 @@ pub(crate) fn metadata_of(file: &File) -> io::Result<Metadata> {
             (found.dwVolumeSerialNumber.into(), id)
         }
     };
-    Ok(Metadata { metadata, volume, id, links: found.nNumberOfLinks.into() })
+    Ok(Metadata {
+        metadata,
+        volume,
+        id,
+        links: found.nNumberOfLinks.into(),
+    })
 }
 
 /// Returns the metadata of the file that the path leads to.
@@ -243,9 +264,15 @@ pub(crate) fn symlink_metadata(path: &Path) -> io::Result<Metadata> {
 }
 
 fn open_for_metadata(path: &Path, flags: u32) -> io::Result<File> {
-    // The flag with which directories are opened. Attributes are readable however other processes have opened the file.
+    // The flag with which directories are opened. Attributes are readable however other processes
+    // have opened the file.
     let flags = flags | FILE_FLAG_BACKUP_SEMANTICS;
-    open(OpenOptions::new().access_mode(FILE_READ_ATTRIBUTES).custom_flags_raw(flags), path)
+    open(
+        OpenOptions::new()
+            .access_mode(FILE_READ_ATTRIBUTES)
+            .custom_flags_raw(flags),
+        path,
+    )
 }
 
 trait CustomFlags {
@@ -307,7 +334,9 @@ pub(crate) fn group_other_write_bits(_: &Metadata) -> u32 {
 // `ErrorKind::InvalidFilename` would say so, but is newer than lockkit's oldest supported compiler.
 pub(crate) fn is_name_too_long(error: &io::Error) -> bool {
     let refused = [ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME];
-    error.raw_os_error().is_some_and(|code| refused.contains(&(code as u32)))
+    error
+        .raw_os_error()
+        .is_some_and(|code| refused.contains(&(code as u32)))
 }
 
 /// Always false: on Windows a symbolic link can be opened without following it.
@@ -320,13 +349,17 @@ pub(crate) fn is_local(file: &File) -> bool {
     let mut protocol = MaybeUninit::<FILE_REMOTE_PROTOCOL_INFO>::uninit();
     let length = size_of::<FILE_REMOTE_PROTOCOL_INFO>() as u32;
     let to = protocol.as_mut_ptr().cast();
-    // SAFETY: the handle is open as long as `file` is, and the call writes at most the given number of bytes.
-    let remote = unsafe { GetFileInformationByHandleEx(file.as_raw_handle(), FileRemoteProtocolInfo, to, length) };
+    // SAFETY: the handle is open as long as `file` is, and the call writes at most the given number
+    // of bytes.
+    let remote = unsafe {
+        GetFileInformationByHandleEx(file.as_raw_handle(), FileRemoteProtocolInfo, to, length)
+    };
     let failed = io::Error::last_os_error();
     remote == 0 && failed.raw_os_error() == Some(ERROR_INVALID_PARAMETER as i32)
 }
 
-/// Returns the path in the decoded path of a `file:` URL: in `/C:/path` the first slash is not part of it.
+/// Returns the path in the decoded path of a `file:` URL: in `/C:/path` the first slash is not part
+/// of it.
 pub(crate) fn path_of_url(path: Vec<u8>) -> Option<PathBuf> {
     let path = PathBuf::from(String::from_utf8(path).ok()?.strip_prefix('/')?);
     path.is_absolute().then_some(path)

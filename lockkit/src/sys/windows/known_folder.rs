@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::ptr;
 
 use windows_sys::Win32::System::Com::CoTaskMemFree;
-use windows_sys::Win32::UI::Shell::{FOLDERID_LocalAppData, FOLDERID_ProgramData, SHGetKnownFolderPath};
+use windows_sys::Win32::UI::Shell::{
+    FOLDERID_LocalAppData, FOLDERID_ProgramData, SHGetKnownFolderPath,
+};
 
 /// Returns the user's directory, which does not roam.
 pub(crate) fn local_app_data() -> io::Result<PathBuf> {
@@ -22,7 +24,9 @@ fn known(id: &windows_sys::core::GUID) -> io::Result<PathBuf> {
     // SAFETY: the call queries a path of this process's user, and the answer has a place.
     let status = unsafe { SHGetKnownFolderPath(id, 0, ptr::null_mut(), &raw mut text) };
     if text.is_null() {
-        return Err(io::Error::other(format!("the shell does not report the directory (0x{status:08x})")));
+        return Err(io::Error::other(format!(
+            "the shell does not report the directory (0x{status:08x})"
+        )));
     }
     // SAFETY: the shell has written a text that ends with a zero.
     let letters = unsafe {
@@ -30,7 +34,8 @@ fn known(id: &windows_sys::core::GUID) -> io::Result<PathBuf> {
         std::slice::from_raw_parts(text, length)
     };
     let path = String::from_utf16(letters);
-    // SAFETY: this is the required way to free it, once, also without a path; `letters` is not used any more.
+    // SAFETY: this is the required way to free it, once, also without a path; `letters` is not used
+    // any more.
     unsafe { CoTaskMemFree(text.cast()) };
     path.map(PathBuf::from).map_err(io::Error::other)
 }

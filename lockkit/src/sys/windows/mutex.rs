@@ -1,8 +1,10 @@
-//! Named mutexes: the kernel frees a mutex when its owning thread ends, and reports that to the next owner.
+//! Named mutexes: the kernel frees a mutex when its owning thread ends, and reports that to the
+//! next owner.
 //!
-//! All names are `Global\`. `Local\` names differ from session to session, and a user may have several sessions: one at
-//! the screen, one for each remote login, and that of services, in which scheduled tasks run. The mutex of one user has
-//! that user's SID in its name, and admits no other user.
+//! All names are `Global\`. `Local\` names differ from session to session, and a user may have
+//! several sessions: one at the screen, one for each remote login, and that of services, in which
+//! scheduled tasks run. The mutex of one user has that user's SID in its name, and admits no other
+//! user.
 
 use std::io;
 use std::os::windows::io::{AsHandle, AsRawHandle, BorrowedHandle, FromRawHandle, OwnedHandle};
@@ -44,17 +46,20 @@ pub(crate) fn object(name: &str, sharing: Sharing) -> io::Result<String> {
 /// Returns the access that users get, and the access that lockkit requests.
 fn rights(sharing: Sharing) -> io::Result<(Descriptor, u32)> {
     let (text, access) = match sharing {
-        // All access for the user, the system and its administrators; none for others. The owner is the user also if
-        // the default owner is a group, as with administrators.
+        // All access for the user, the system and its administrators; none for others. The owner is
+        // the user also if the default owner is a group, as with administrators.
         Sharing::User(_) => {
             let user = security::user()?;
-            let text = format!("O:{user}D:P(A;;0x1F0001;;;{user})(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)");
+            let text =
+                format!("O:{user}D:P(A;;0x1F0001;;;{user})(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)");
             (text, SYNCHRONIZE | MUTEX_MODIFY_STATE | READ_CONTROL)
         }
-        // All users may wait for the mutex and release it. That includes its maker (`OW`), which could otherwise change
-        // the access of others.
+        // All users may wait for the mutex and release it. That includes its maker (`OW`), which
+        // could otherwise change the access of others.
         Sharing::Machine => {
-            let text = "D:P(A;;0x100001;;;WD)(A;;0x120001;;;OW)(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)".to_owned();
+            let text =
+                "D:P(A;;0x100001;;;WD)(A;;0x120001;;;OW)(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)"
+                    .to_owned();
             (text, SYNCHRONIZE | MUTEX_MODIFY_STATE)
         }
     };
@@ -70,7 +75,8 @@ impl Mutex {
         let (descriptor, access) = rights(sharing)?;
         let attributes = descriptor.attributes();
         let wide = super::wide(object);
-        // SAFETY: the name ends with a zero, and the attributes' descriptor lives until the end of this call.
+        // SAFETY: the name ends with a zero, and the attributes' descriptor lives until the end of
+        // this call.
         let (handle, existed) = unsafe {
             let handle = CreateMutexExW(&raw const attributes, wide.as_ptr(), 0, access);
             (handle, GetLastError() == ERROR_ALREADY_EXISTS)
@@ -83,14 +89,21 @@ impl Mutex {
         if existed && matches!(sharing, Sharing::User(_)) {
             let owner = security::owner_of(&mutex.0)?;
             if owner != security::user()? {
-                return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("{owner} created it")));
+                return Err(io::Error::new(
+                    io::ErrorKind::PermissionDenied,
+                    format!("{owner} created it"),
+                ));
             }
         }
         Ok(mutex)
     }
 
     /// Acquires the mutex for this thread, unless `cancel` is set or `until` passes first.
-    pub(crate) fn acquire(&self, cancel: Option<BorrowedHandle<'_>>, until: Option<Instant>) -> io::Result<Acquired> {
+    pub(crate) fn acquire(
+        &self,
+        cancel: Option<BorrowedHandle<'_>>,
+        until: Option<Instant>,
+    ) -> io::Result<Acquired> {
         let mutex = self.0.as_handle();
         let signalled = match cancel {
             Some(cancel) => event::any(&[mutex, cancel], until)?,
@@ -98,7 +111,10 @@ impl Mutex {
         };
         Ok(match signalled {
             None => Acquired::TimedOut,
-            Some(event::Signalled { at: 0, abandoned: true }) => Acquired::Abandoned,
+            Some(event::Signalled {
+                at: 0,
+                abandoned: true,
+            }) => Acquired::Abandoned,
             Some(event::Signalled { at: 0, .. }) => Acquired::Free,
             Some(_) => Acquired::Cancelled,
         })
@@ -106,8 +122,13 @@ impl Mutex {
 
     /// Releases the mutex, on the thread that acquired it.
     pub(crate) fn release(&self) -> io::Result<()> {
-        // SAFETY: the handle belongs to an open mutex. On a thread that does not own it the call fails.
-        if unsafe { ReleaseMutex(self.0.as_raw_handle()) } == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        // SAFETY: the handle belongs to an open mutex. On a thread that does not own it the call
+        // fails.
+        if unsafe { ReleaseMutex(self.0.as_raw_handle()) } == 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -143,7 +164,9 @@ mod tests {
     }
 
     fn is_denied<T>(opened: &io::Result<T>) -> bool {
-        opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+        opened
+            .as_ref()
+            .is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
     }
 
     #[test]
@@ -152,9 +175,19 @@ mod tests {
         let _mutex = Mutex::open(&name, Sharing::User(0)).unwrap();
         let list = list_of(&opened(&name, READ_CONTROL).unwrap());
         assert_eq!(list, rights(Sharing::User(0)).unwrap().0.list());
-        assert!(list.starts_with("D:P(") && list.matches('(').count() == 3 && !list.contains(";WD)"), "{list}");
+        assert!(
+            list.starts_with("D:P(") && list.matches('(').count() == 3 && !list.contains(";WD)"),
+            "{list}"
+        );
         as_another(|| {
-            for access in [SYNCHRONIZE, MUTEX_MODIFY_STATE, READ_CONTROL, WRITE_DAC, WRITE_OWNER, DELETE] {
+            for access in [
+                SYNCHRONIZE,
+                MUTEX_MODIFY_STATE,
+                READ_CONTROL,
+                WRITE_DAC,
+                WRITE_OWNER,
+                DELETE,
+            ] {
                 let open = opened(&name, access);
                 assert!(is_denied(&open), "{access:x}: {open:?}");
             }
@@ -167,17 +200,33 @@ mod tests {
         let mutex = Mutex::open(&name, Sharing::Machine).unwrap();
         let list = list_of(&opened(&name, READ_CONTROL).unwrap());
         assert_eq!(list, rights(Sharing::Machine).unwrap().0.list());
-        assert!(list.to_ascii_lowercase().starts_with("d:p(a;;0x100001;;;wd)(a;;0x120001;;;ow)"), "{list}");
+        assert!(
+            list.to_ascii_lowercase()
+                .starts_with("d:p(a;;0x100001;;;wd)(a;;0x120001;;;ow)"),
+            "{list}"
+        );
         as_another(|| {
             let same = Mutex::open(&name, Sharing::Machine).unwrap();
-            assert_eq!(same.acquire(None, Some(Instant::now())).unwrap(), Acquired::Free);
+            assert_eq!(
+                same.acquire(None, Some(Instant::now())).unwrap(),
+                Acquired::Free
+            );
             same.release().unwrap();
-            for access in [READ_CONTROL, WRITE_DAC, WRITE_OWNER, DELETE, MUTEX_ALL_ACCESS] {
+            for access in [
+                READ_CONTROL,
+                WRITE_DAC,
+                WRITE_OWNER,
+                DELETE,
+                MUTEX_ALL_ACCESS,
+            ] {
                 let open = opened(&name, access);
                 assert!(is_denied(&open), "{access:x}: {open:?}");
             }
         });
-        assert_eq!(mutex.acquire(None, Some(Instant::now())).unwrap(), Acquired::Free);
+        assert_eq!(
+            mutex.acquire(None, Some(Instant::now())).unwrap(),
+            Acquired::Free
+        );
         mutex.release().unwrap();
     }
 
@@ -188,17 +237,27 @@ mod tests {
         let descriptor = Descriptor::new("O:BAD:P(A;;0x1F0001;;;WD)").unwrap();
         let attributes = descriptor.attributes();
         let wide = super::super::wide(&name);
-        // SAFETY: the name ends with a zero, and the attributes' descriptor lives until the end of this call.
-        let handle = unsafe { CreateMutexExW(&raw const attributes, wide.as_ptr(), 0, SYNCHRONIZE) };
+        // SAFETY: the name ends with a zero, and the attributes' descriptor lives until the end of
+        // this call.
+        let handle =
+            unsafe { CreateMutexExW(&raw const attributes, wide.as_ptr(), 0, SYNCHRONIZE) };
         if handle.is_null() {
-            let _ = writeln!(io::stderr(), "left out: only an administrator can act as another user");
+            let _ = writeln!(
+                io::stderr(),
+                "left out: only an administrator can act as another user"
+            );
             return;
         }
         // SAFETY: the call has just made the handle, and it has no other owner.
         let _theirs = unsafe { OwnedHandle::from_raw_handle(handle) };
         let refused = Mutex::open(&name, Sharing::User(0));
         assert!(is_denied(&refused), "{refused:?}");
-        assert!(refused.unwrap_err().to_string().contains("S-1-5-32-544 created it"));
+        assert!(
+            refused
+                .unwrap_err()
+                .to_string()
+                .contains("S-1-5-32-544 created it")
+        );
     }
 
     #[test]
@@ -207,7 +266,12 @@ mod tests {
             let name = fresh(sharing);
             let mutex = Mutex::open(&name, sharing).unwrap();
             std::thread::scope(|scope| {
-                scope.spawn(|| Mutex::open(&name, sharing).unwrap().acquire(None, None).unwrap());
+                scope.spawn(|| {
+                    Mutex::open(&name, sharing)
+                        .unwrap()
+                        .acquire(None, None)
+                        .unwrap()
+                });
             });
             let until = Some(Instant::now() + Duration::from_secs(30));
             assert_eq!(mutex.acquire(None, until).unwrap(), Acquired::Abandoned);

@@ -1,8 +1,9 @@
 //! The identity of processes, and whether they still live.
 //!
-//! The creation time distinguishes a process from a later one with the same pid. It is in ticks of 100 ns of the wall
-//! clock as it was set then. The system records it once, and it does not move any more. The process itself is queried
-//! for its end, because its exit code may be any number, 259 (`STILL_ACTIVE`) among them.
+//! The creation time distinguishes a process from a later one with the same pid. It is in ticks of
+//! 100 ns of the wall clock as it was set then. The system records it once, and it does not move
+//! any more. The process itself is queried for its end, because its exit code may be any number,
+//! 259 (`STILL_ACTIVE`) among them.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
@@ -12,11 +13,16 @@ use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use windows_sys::Win32::Foundation::{ERROR_INVALID_PARAMETER, FILETIME, WAIT_OBJECT_0};
-use windows_sys::Win32::System::Registry::{HKEY_LOCAL_MACHINE, RRF_RT_REG_SZ, RRF_SUBKEY_WOW6464KEY, RegGetValueW};
-use windows_sys::Win32::System::SystemInformation::{ComputerNamePhysicalDnsHostname, GetComputerNameExW};
+use windows_sys::Win32::System::Registry::{
+    HKEY_LOCAL_MACHINE, RRF_RT_REG_SZ, RRF_SUBKEY_WOW6464KEY, RegGetValueW,
+};
+use windows_sys::Win32::System::SystemInformation::{
+    ComputerNamePhysicalDnsHostname, GetComputerNameExW,
+};
 use windows_sys::Win32::System::Threading::{
-    GetProcessId, GetProcessTimes, OpenProcess, PROCESS_NAME_WIN32, PROCESS_QUERY_LIMITED_INFORMATION,
-    PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW, WaitForSingleObject,
+    GetProcessId, GetProcessTimes, OpenProcess, PROCESS_NAME_WIN32,
+    PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW,
+    WaitForSingleObject,
 };
 
 pub(crate) use crate::sys::probe::Probe;
@@ -25,12 +31,15 @@ pub(crate) use crate::sys::probe::Probe;
 pub(crate) fn probe(pid: u32) -> Probe {
     let process = match open(pid, PROCESS_QUERY_LIMITED_INFORMATION | PROCESS_SYNCHRONIZE) {
         Ok(process) => process,
-        Err(error) if error.raw_os_error() == Some(ERROR_INVALID_PARAMETER as i32) => return Probe::Gone,
+        Err(error) if error.raw_os_error() == Some(ERROR_INVALID_PARAMETER as i32) => {
+            return Probe::Gone;
+        }
         // Access denied also proves a process: one of another user, or a protected one.
         Err(_) => return Probe::Running(None),
     };
     let handle = process.as_raw_handle();
-    // SAFETY: the handle belongs to an open process. Windows rounds a number between pids down to the pid below.
+    // SAFETY: the handle belongs to an open process. Windows rounds a number between pids down to
+    // the pid below.
     if unsafe { GetProcessId(handle) } != pid {
         return Probe::Gone;
     }
@@ -88,17 +97,23 @@ pub(crate) fn program(pid: u32) -> Option<String> {
     let mut length = path.len() as u32;
     // SAFETY: the handle is open, and the call writes at most the given number of letters.
     let found = unsafe {
-        QueryFullProcessImageNameW(process.as_raw_handle(), PROCESS_NAME_WIN32, path.as_mut_ptr(), &raw mut length)
+        QueryFullProcessImageNameW(
+            process.as_raw_handle(),
+            PROCESS_NAME_WIN32,
+            path.as_mut_ptr(),
+            &raw mut length,
+        )
     };
     let path = (found != 0).then(|| String::from_utf16_lossy(&path[..length as usize]))?;
     Some(Path::new(&path).file_name()?.to_string_lossy().into_owned())
 }
 
-/// Returns the identity of this boot of this machine: the number of boots, as the kernel shows it to every process, and
-/// the machine. If the kernel does not count boots (before Windows 10), all boots are the same. Then only the creation
-/// times distinguish processes.
+/// Returns the identity of this boot of this machine: the number of boots, as the kernel shows it
+/// to every process, and the machine. If the kernel does not count boots (before Windows 10), all
+/// boots are the same. Then only the creation times distinguish processes.
 pub(crate) fn boot_id() -> Option<u128> {
-    /// `KUSER_SHARED_DATA`, which is mapped at the same place in every process, and its field `BootId`.
+    /// `KUSER_SHARED_DATA`, which is mapped at the same place in every process, and its field
+    /// `BootId`.
     const BOOT_ID: *const u32 = (0x7ffe_0000_usize + 0x2c4) as *const u32;
     // SAFETY: the page is mapped for reading in every process; the field is four bytes, aligned.
     let count = unsafe { BOOT_ID.read_volatile() };
@@ -120,8 +135,8 @@ pub(crate) fn clock_id() -> Option<u128> {
     boot_id().filter(|boot| *boot as u32 != 0)
 }
 
-/// Returns this host: its name, and the id of its installation if there is one. So two hosts with the same name differ,
-/// unless they were cloned from one image with their names.
+/// Returns this host: its name, and the id of its installation if there is one. So two hosts with
+/// the same name differ, unless they were cloned from one image with their names.
 pub(crate) fn host() -> Option<&'static str> {
     static HOST: OnceLock<String> = OnceLock::new();
     Some(HOST.get_or_init(|| match installation() {
@@ -135,13 +150,26 @@ pub(crate) fn host_name() -> String {
     let mut name = [0_u16; 256];
     let mut length = name.len() as u32;
     // SAFETY: the call writes at most the given number of letters.
-    let found = unsafe { GetComputerNameExW(ComputerNamePhysicalDnsHostname, name.as_mut_ptr(), &raw mut length) };
-    let name = if found == 0 { String::new() } else { String::from_utf16_lossy(&name[..length as usize]) };
+    let found = unsafe {
+        GetComputerNameExW(
+            ComputerNamePhysicalDnsHostname,
+            name.as_mut_ptr(),
+            &raw mut length,
+        )
+    };
+    let name = if found == 0 {
+        String::new()
+    } else {
+        String::from_utf16_lossy(&name[..length as usize])
+    };
     name.replace(char::is_control, "?")
 }
 
 fn installation() -> Option<String> {
-    let (key, value) = (super::wide("SOFTWARE\\Microsoft\\Cryptography"), super::wide("MachineGuid"));
+    let (key, value) = (
+        super::wide("SOFTWARE\\Microsoft\\Cryptography"),
+        super::wide("MachineGuid"),
+    );
     let mut id = [0_u16; 64];
     let mut length = size_of_val(&id) as u32;
     // SAFETY: both names end with a zero, and the call writes at most the given number of bytes.
@@ -179,9 +207,13 @@ mod tests {
     #[test]
     fn probe_of_this_process_returns_same_creation_time() {
         let now = probe(std::process::id());
-        let Probe::Running(Some(start)) = now else { panic!("{now:?}") };
+        let Probe::Running(Some(start)) = now else {
+            panic!("{now:?}")
+        };
         assert_eq!(probe(std::process::id()), now);
-        let age = SystemTime::now().duration_since(started_at(start).unwrap()).unwrap_or_default();
+        let age = SystemTime::now()
+            .duration_since(started_at(start).unwrap())
+            .unwrap_or_default();
         assert!(age < Duration::from_secs(3600), "{age:?}");
         assert!(program(std::process::id()).unwrap().ends_with(".exe"));
     }
@@ -198,7 +230,11 @@ mod tests {
 
     #[test]
     fn probe_of_process_exited_with_259_is_ended() {
-        let mut child = Command::new("cmd").args(["/c", "exit 259"]).stdin(Stdio::null()).spawn().unwrap();
+        let mut child = Command::new("cmd")
+            .args(["/c", "exit 259"])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(259));
         // The handle on it is still open.
         assert_eq!(probe(child.id()), Probe::Ended);
@@ -207,7 +243,10 @@ mod tests {
     #[test]
     fn probe_of_inaccessible_process_is_running() {
         let mut pause = Command::new("cmd");
-        pause.args(["/c", "pause"]).stdin(Stdio::piped()).stdout(Stdio::null());
+        pause
+            .args(["/c", "pause"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null());
         let mut child = pause.spawn().unwrap();
         assert!(matches!(probe(child.id()), Probe::Running(Some(_))));
         // As for a user without debug rights that queries another user's process.

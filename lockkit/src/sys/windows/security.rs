@@ -6,12 +6,12 @@ use std::ptr;
 
 use windows_sys::Win32::Foundation::{HANDLE, LocalFree};
 use windows_sys::Win32::Security::Authorization::{
-    ConvertSidToStringSidW, ConvertStringSecurityDescriptorToSecurityDescriptorW, GetSecurityInfo, SDDL_REVISION_1,
-    SE_KERNEL_OBJECT,
+    ConvertSidToStringSidW, ConvertStringSecurityDescriptorToSecurityDescriptorW, GetSecurityInfo,
+    SDDL_REVISION_1, SE_KERNEL_OBJECT,
 };
 use windows_sys::Win32::Security::{
-    GetTokenInformation, OWNER_SECURITY_INFORMATION, PSECURITY_DESCRIPTOR, PSID, SECURITY_ATTRIBUTES, TOKEN_QUERY,
-    TOKEN_USER, TokenUser,
+    GetTokenInformation, OWNER_SECURITY_INFORMATION, PSECURITY_DESCRIPTOR, PSID,
+    SECURITY_ATTRIBUTES, TOKEN_QUERY, TOKEN_USER, TokenUser,
 };
 use windows_sys::Win32::System::Threading::{GetCurrentProcess, OpenProcessToken};
 
@@ -44,13 +44,21 @@ impl Descriptor {
                 ptr::null_mut(),
             )
         };
-        if done == 0 { Err(io::Error::last_os_error()) } else { Ok(Self(Local(made))) }
+        if done == 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(Self(Local(made)))
+        }
     }
 
     /// Returns the form that calls which make an object need; valid as long as `self` lives.
     pub(crate) fn attributes(&self) -> SECURITY_ATTRIBUTES {
         let length = size_of::<SECURITY_ATTRIBUTES>() as u32;
-        SECURITY_ATTRIBUTES { nLength: length, lpSecurityDescriptor: self.0.0, bInheritHandle: 0 }
+        SECURITY_ATTRIBUTES {
+            nLength: length,
+            lpSecurityDescriptor: self.0.0,
+            bInheritHandle: 0,
+        }
     }
 }
 
@@ -68,18 +76,26 @@ pub(crate) fn user() -> io::Result<String> {
     let mut length = size_of_val(&found) as u32;
     // SAFETY: the call writes at most the given number of bytes.
     let done = unsafe {
-        GetTokenInformation(token.as_raw_handle(), TokenUser, found.as_mut_ptr().cast(), length, &raw mut length)
+        GetTokenInformation(
+            token.as_raw_handle(),
+            TokenUser,
+            found.as_mut_ptr().cast(),
+            length,
+            &raw mut length,
+        )
     };
     if done == 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call has filled in this structure, and it is aligned. The SID that it points to lies after it.
+    // SAFETY: the call has filled in this structure, and it is aligned. The SID that it points to
+    // lies after it.
     text_of(unsafe { (*found.as_ptr().cast::<TOKEN_USER>()).User.Sid })
 }
 
 /// Returns the owner of a kernel object, by a handle that may read it.
 pub(crate) fn owner_of(object: &OwnedHandle) -> io::Result<String> {
-    let (mut owner, mut descriptor): (PSID, PSECURITY_DESCRIPTOR) = (ptr::null_mut(), ptr::null_mut());
+    let (mut owner, mut descriptor): (PSID, PSECURITY_DESCRIPTOR) =
+        (ptr::null_mut(), ptr::null_mut());
     // SAFETY: the handle is open as long as it is borrowed, and each requested answer has a place.
     let status = unsafe {
         GetSecurityInfo(
@@ -107,7 +123,8 @@ fn text_of(sid: PSID) -> io::Result<String> {
     if unsafe { ConvertSidToStringSidW(sid, &raw mut text) } == 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the system has written a text that ends with a zero, and requires this way to free it.
+    // SAFETY: the system has written a text that ends with a zero, and requires this way to free
+    // it.
     Ok(unsafe { read(text) })
 }
 
@@ -130,12 +147,14 @@ pub(super) mod tests {
     use std::io::Write;
 
     use windows_sys::Win32::Security::Authorization::{
-        ConvertSecurityDescriptorToStringSecurityDescriptorW, ConvertStringSidToSidW, SetSecurityInfo,
+        ConvertSecurityDescriptorToStringSecurityDescriptorW, ConvertStringSidToSidW,
+        SetSecurityInfo,
     };
     use windows_sys::Win32::Security::{
-        AdjustTokenPrivileges, CreateRestrictedToken, DACL_SECURITY_INFORMATION, DISABLE_MAX_PRIVILEGE,
-        GetSecurityDescriptorDacl, ImpersonateLoggedOnUser, ImpersonateSelf, RevertToSelf, SID_AND_ATTRIBUTES,
-        SecurityImpersonation, TOKEN_ADJUST_PRIVILEGES, TOKEN_DUPLICATE, TOKEN_IMPERSONATE,
+        AdjustTokenPrivileges, CreateRestrictedToken, DACL_SECURITY_INFORMATION,
+        DISABLE_MAX_PRIVILEGE, GetSecurityDescriptorDacl, ImpersonateLoggedOnUser, ImpersonateSelf,
+        RevertToSelf, SID_AND_ATTRIBUTES, SecurityImpersonation, TOKEN_ADJUST_PRIVILEGES,
+        TOKEN_DUPLICATE, TOKEN_IMPERSONATE,
     };
     use windows_sys::Win32::System::LibraryLoader::{GetModuleHandleW, GetProcAddress};
     use windows_sys::Win32::System::Threading::{GetCurrentThread, OpenThreadToken};
@@ -149,7 +168,11 @@ pub(super) mod tests {
         fn drop(&mut self) {
             // SAFETY: the call ends the impersonation that this thread began.
             let reverted = unsafe { RevertToSelf() };
-            assert!(reverted != 0 || std::thread::panicking(), "{}", io::Error::last_os_error());
+            assert!(
+                reverted != 0 || std::thread::panicking(),
+                "{}",
+                io::Error::last_os_error()
+            );
         }
     }
 
@@ -157,16 +180,34 @@ pub(super) mod tests {
     pub(in super::super) fn without_privileges<T>(act: impl FnOnce() -> T) -> T {
         let mut token: HANDLE = ptr::null_mut();
         // SAFETY: the call gives this thread a token of its own.
-        assert!(unsafe { ImpersonateSelf(SecurityImpersonation) } != 0, "{}", io::Error::last_os_error());
+        assert!(
+            unsafe { ImpersonateSelf(SecurityImpersonation) } != 0,
+            "{}",
+            io::Error::last_os_error()
+        );
         let _revert = Revert;
         // SAFETY: the answer has a place.
-        let opened = unsafe { OpenThreadToken(GetCurrentThread(), TOKEN_ADJUST_PRIVILEGES, 1, &raw mut token) };
+        let opened = unsafe {
+            OpenThreadToken(
+                GetCurrentThread(),
+                TOKEN_ADJUST_PRIVILEGES,
+                1,
+                &raw mut token,
+            )
+        };
         assert!(opened != 0, "{}", io::Error::last_os_error());
         // SAFETY: the call has just made the handle, and it has no other owner.
         let token = unsafe { OwnedHandle::from_raw_handle(token) };
         // SAFETY: the handle is open, and all privileges need no list.
         let done = unsafe {
-            AdjustTokenPrivileges(token.as_raw_handle(), 1, ptr::null(), 0, ptr::null_mut(), ptr::null_mut())
+            AdjustTokenPrivileges(
+                token.as_raw_handle(),
+                1,
+                ptr::null(),
+                0,
+                ptr::null_mut(),
+                ptr::null_mut(),
+            )
         };
         assert!(done != 0, "{}", io::Error::last_os_error());
         act()
@@ -177,8 +218,14 @@ pub(super) mod tests {
         let descriptor = Descriptor::new("D:P").unwrap();
         let (mut is_there, mut list, mut by_default) = (0, ptr::null_mut(), 0);
         // SAFETY: the descriptor is complete, and each answer has a place.
-        let found =
-            unsafe { GetSecurityDescriptorDacl(descriptor.0.0, &raw mut is_there, &raw mut list, &raw mut by_default) };
+        let found = unsafe {
+            GetSecurityDescriptorDacl(
+                descriptor.0.0,
+                &raw mut is_there,
+                &raw mut list,
+                &raw mut by_default,
+            )
+        };
         assert!(found != 0 && is_there != 0 && !list.is_null());
         // SAFETY: the handle is open, and the list lives as long as its descriptor.
         let status = unsafe {
@@ -230,23 +277,38 @@ pub(super) mod tests {
                 )
             };
             assert!(told != 0, "{}", io::Error::last_os_error());
-            // SAFETY: the system has written a text that ends with a zero, and requires this way to free it.
+            // SAFETY: the system has written a text that ends with a zero, and requires this way to
+            // free it.
             unsafe { read(text) }
         }
     }
 
-    /// Calls `act` as a user that is neither this user nor an administrator. Returns `None` under Wine, where no
-    /// process can give up its user.
+    /// Calls `act` as a user that is neither this user nor an administrator. Returns `None` under
+    /// Wine, where no process can give up its user.
     pub(in super::super) fn as_another<T>(act: impl FnOnce() -> T) -> Option<T> {
         let ntdll = super::super::wide("ntdll.dll");
         // SAFETY: both names end with a zero, and that module is loaded in every process for ever.
-        if unsafe { GetProcAddress(GetModuleHandleW(ntdll.as_ptr()), c"wine_get_version".as_ptr().cast()) }.is_some() {
-            let _ = writeln!(io::stderr(), "left out: under Wine: what another user is refused");
+        if unsafe {
+            GetProcAddress(
+                GetModuleHandleW(ntdll.as_ptr()),
+                c"wine_get_version".as_ptr().cast(),
+            )
+        }
+        .is_some()
+        {
+            let _ = writeln!(
+                io::stderr(),
+                "left out: under Wine: what another user is refused"
+            );
             return None;
         }
         let restricted = restricted_token();
         // SAFETY: the handle is open.
-        assert!(unsafe { ImpersonateLoggedOnUser(restricted.as_raw_handle()) } != 0, "{}", io::Error::last_os_error());
+        assert!(
+            unsafe { ImpersonateLoggedOnUser(restricted.as_raw_handle()) } != 0,
+            "{}",
+            io::Error::last_os_error()
+        );
         let _revert = Revert;
         Some(act())
     }
@@ -260,11 +322,19 @@ pub(super) mod tests {
         assert!(opened != 0, "{}", io::Error::last_os_error());
         // SAFETY: the call has just made the handle, and it has no other owner.
         let token = unsafe { OwnedHandle::from_raw_handle(token) };
-        let sids = [user().unwrap(), "S-1-5-32-544".to_owned(), "S-1-5-18".to_owned()].map(|text| Sid::new(&text));
-        let without = sids.each_ref().map(|sid| SID_AND_ATTRIBUTES { Sid: sid.0.0, Attributes: 0 });
+        let sids = [
+            user().unwrap(),
+            "S-1-5-32-544".to_owned(),
+            "S-1-5-18".to_owned(),
+        ]
+        .map(|text| Sid::new(&text));
+        let without = sids.each_ref().map(|sid| SID_AND_ATTRIBUTES {
+            Sid: sid.0.0,
+            Attributes: 0,
+        });
         let mut made: HANDLE = ptr::null_mut();
-        // SAFETY: the handle is open, the list has as many entries as it says, whose SIDs exist, and the answer has a
-        // place.
+        // SAFETY: the handle is open, the list has as many entries as it says, whose SIDs exist,
+        // and the answer has a place.
         let done = unsafe {
             CreateRestrictedToken(
                 token.as_raw_handle(),

@@ -11,7 +11,9 @@ use super::record::{Answer, HELD, Record, snapshot};
 use super::session::{OrphanCause, Session, now};
 use super::state::ProcessState;
 use crate::base::error::StoreError;
-use crate::lease::store::lease_store::{Attempt, ClaimId, Deadline, Grant, LeaseName, LeaseSnapshot};
+use crate::lease::store::lease_store::{
+    Attempt, ClaimId, Deadline, Grant, LeaseName, LeaseSnapshot,
+};
 use crate::lease::store::server::{Result, format_current_owner};
 use crate::sys::failpoint::step;
 
@@ -48,9 +50,19 @@ impl<'a> Acquisition<'a> {
         expired: Option<&LeaseSnapshot>,
         by: Deadline,
     ) -> Self {
-        let replaced =
-            expired.map(|seen| Replaced { revision: seen.revision(), claim: seen.claim(), orphan_cause: None });
-        Self { state, name, claim, ttl, by, replaced }
+        let replaced = expired.map(|seen| Replaced {
+            revision: seen.revision(),
+            claim: seen.claim(),
+            orphan_cause: None,
+        });
+        Self {
+            state,
+            name,
+            claim,
+            ttl,
+            by,
+            replaced,
+        }
     }
 
     pub(super) fn run(mut self) -> Result<Attempt> {
@@ -67,13 +79,16 @@ impl<'a> Acquisition<'a> {
                     continue;
                 }
                 Err(error) => {
-                    // For any error: one endpoint may have applied the request before another refused it.
+                    // For any error: one endpoint may have applied the request before another
+                    // refused it.
                     session.record_orphan(self.name, self.claim, OrphanCause::Indeterminate, sent);
                     return Err(error);
                 }
                 Ok(answer) => answer,
             };
-            if let Some(keep_alive) = keep_alive.filter(|keep_alive| keep_alive.term == answer.term()) {
+            if let Some(keep_alive) =
+                keep_alive.filter(|keep_alive| keep_alive.term == answer.term())
+            {
                 session.record_keep_alive(keep_alive.sent);
             }
             if answer.is_done() {
@@ -91,26 +106,49 @@ impl<'a> Acquisition<'a> {
     /// Writes both keys if the `held` key is the replaced one, or does not exist.
     fn request(&self, record: &str, session: &Session) -> Result<Answer> {
         let (state, name, claim) = (self.state, self.name, self.claim);
-        let Replaced { revision, claim: holder, .. } = self.replaced.unwrap_or_default();
+        let Replaced {
+            revision,
+            claim: holder,
+            ..
+        } = self.replaced.unwrap_or_default();
         let put: Value = json!([
             { "request_put": {
                 "key": state.keys.held(name), "value": encode(claim.to_string()), "lease": session.id.to_string(),
             } },
             { "request_put": { "key": state.keys.record(name), "value": encode(record), "prev_kv": true } },
         ]);
-        state.transact(state.is_held(name, revision, holder), put, state.read_both(name), self.by)
+        state.transact(
+            state.is_held(name, revision, holder),
+            put,
+            state.read_both(name),
+            self.by,
+        )
     }
 
-    fn granted(&self, answer: &Answer, session: Arc<Session>, began: Duration, sent: Duration) -> Result<Attempt> {
+    fn granted(
+        &self,
+        answer: &Answer,
+        session: Arc<Session>,
+        began: Duration,
+        sent: Duration,
+    ) -> Result<Attempt> {
         step("record written");
         let (name, claim) = (self.name, self.claim);
-        let Replaced { revision, claim: holder, orphan_cause } = self.replaced.unwrap_or_default();
+        let Replaced {
+            revision,
+            claim: holder,
+            orphan_cause,
+        } = self.replaced.unwrap_or_default();
         let before = match orphan_cause {
             Some(OrphanCause::Indeterminate) => {
-                match self.state.record_before(name, revision, holder, &session, self.by) {
+                match self
+                    .state
+                    .record_before(name, revision, holder, &session, self.by)
+                {
                     Ok(before) => before,
                     Err(error) => {
-                        // The claim is indeterminate again: it is unknown whose death the next grant must report.
+                        // The claim is indeterminate again: it is unknown whose death the next
+                        // grant must report.
                         session.record_orphan(name, claim, OrphanCause::Indeterminate, sent);
                         return Err(StoreError::unknown(error));
                     }
@@ -126,12 +164,15 @@ impl<'a> Acquisition<'a> {
         session.add(name, claim, token, sent);
         let grant = Grant::new(name, claim, token, session.left(began)).with_handle(session);
         Ok(Attempt::Granted(match &*before.state {
-            HELD if orphan_cause != Some(OrphanCause::Released) => grant.recovered_from(before.owner),
+            HELD if orphan_cause != Some(OrphanCause::Released) => {
+                grant.recovered_from(before.owner)
+            }
             _ => grant,
         }))
     }
 
-    /// Returns the holder that keeps the name, if there is one. Otherwise the next round can acquire the name.
+    /// Returns the holder that keeps the name, if there is one. Otherwise the next round can
+    /// acquire the name.
     fn refused(&mut self, answer: &Answer, session: &Session) -> Option<Attempt> {
         let held = answer.read(0);
         if held.is_null() {
@@ -145,9 +186,13 @@ impl<'a> Acquisition<'a> {
             None => return Some(Attempt::Busy(seen)),
             cause => cause,
         };
-        // An earlier request took effect, and its grant is orphaned. The grant is taken over, not simply accepted, so
-        // that only one of two finders gets it.
-        self.replaced = Some(Replaced { revision: seen.revision(), claim: seen.claim(), orphan_cause });
+        // An earlier request took effect, and its grant is orphaned. The grant is taken over, not
+        // simply accepted, so that only one of two finders gets it.
+        self.replaced = Some(Replaced {
+            revision: seen.revision(),
+            claim: seen.claim(),
+            orphan_cause,
+        });
         None
     }
 }

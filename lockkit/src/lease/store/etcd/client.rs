@@ -1,13 +1,15 @@
 //! Requests to etcd's JSON gateway: the choice of the endpoint, and the credentials.
 //!
-//! - **Endpoints**: the endpoint that answered last is asked first. The next one is asked if an endpoint cannot be
-//!   reached, has no leader, or takes longer than its part of the time. All of this ends by the request's deadline.
-//!   While a leader is being elected, the first endpoint follows the last. Every request here can be repeated: see
-//!   [the store](super).
-//! - **Credentials**: a token is requested with the first request, and again when the server no longer knows it.
+//! - **Endpoints**: the endpoint that answered last is asked first. The next one is asked if an
+//!   endpoint cannot be reached, has no leader, or takes longer than its part of the time. All of
+//!   this ends by the request's deadline. While a leader is being elected, the first endpoint
+//!   follows the last. Every request here can be repeated: see [the store](super).
+//! - **Credentials**: a token is requested with the first request, and again when the server no
+//!   longer knows it.
 //!
-//! The HTTP client is [`http`](super::http), on the crates that parse HTTP and speak TLS. The reason: a store must know
-//! whether a request was sent, limit each read of a watch, and start no thread for a request.
+//! The HTTP client is [`http`](super::http), on the crates that parse HTTP and speak TLS. The
+//! reason: a store must know whether a request was sent, limit each read of a watch, and start no
+//! thread for a request.
 
 use std::cell::Cell;
 use std::fmt;
@@ -53,7 +55,11 @@ struct Endpoint {
 
 impl Client {
     pub(super) fn new(config: &Config) -> Self {
-        let endpoint = |(host, port): &(Arc<str>, u16)| Endpoint { host: host.clone(), port: *port, pool: Pool::new() };
+        let endpoint = |(host, port): &(Arc<str>, u16)| Endpoint {
+            host: host.clone(),
+            port: *port,
+            pool: Pool::new(),
+        };
         Self {
             endpoints: config.hosts.iter().map(endpoint).collect(),
             last_answered: AtomicUsize::new(0),
@@ -70,11 +76,16 @@ impl Client {
 
     /// Like [`send`](Self::send), and also returns whether an earlier attempt got no answer.
     ///
-    /// The rule of [`Outcome`] has two exceptions here. A permanent refusal stays permanent after an attempt without an
-    /// answer, so that the caller stops and sees the cause. The session looks after the possible grant of an
-    /// acquisition that failed with any error. A TLS error of a sent request is permanent, but the request counts as
-    /// indeterminate.
-    pub(super) fn send_observed(&self, path: &str, body: &Value, by: Deadline) -> Result<(Value, bool)> {
+    /// The rule of [`Outcome`] has two exceptions here. A permanent refusal stays permanent after
+    /// an attempt without an answer, so that the caller stops and sees the cause. The session looks
+    /// after the possible grant of an acquisition that failed with any error. A TLS error of a sent
+    /// request is permanent, but the request counts as indeterminate.
+    pub(super) fn send_observed(
+        &self,
+        path: &str,
+        body: &Value,
+        by: Deadline,
+    ) -> Result<(Value, bool)> {
         let outcome = Outcome::default();
         let answer = self.with_token(by, |token| {
             self.at_any_endpoint(by, |endpoint, by| {
@@ -90,17 +101,19 @@ impl Client {
                     },
                 );
                 let (status, body) = pooled.map_err(AttemptError::Endpoint)?;
-                self.parse(endpoint, status, &body, by).inspect_err(|error| {
-                    if let AttemptError::Endpoint(error) = error {
-                        outcome.observe(error);
-                    }
-                })
+                self.parse(endpoint, status, &body, by)
+                    .inspect_err(|error| {
+                        if let AttemptError::Endpoint(error) = error {
+                            outcome.observe(error);
+                        }
+                    })
             })
         });
         match answer {
             Ok(answer) => Ok((answer, outcome.is_indeterminate())),
             Err(error @ StoreError::Permanent(_)) => Err(error),
-            // A request that is refused in the end, for example without a token, may have taken effect before.
+            // A request that is refused in the end, for example without a token, may have taken
+            // effect before.
             Err(error) => Err(outcome.resolve(error)),
         }
     }
@@ -113,7 +126,8 @@ impl Client {
                 let mut connection = self.connect(endpoint, by).map_err(AttemptError::Endpoint)?;
                 let body = Some(request.to_string().into_bytes());
                 let status = connection.begin("/v3/watch", &headers(token), body.as_deref(), by);
-                let status = status.map_err(|error| AttemptError::Endpoint(self.unanswered(endpoint, &error)))?;
+                let status = status
+                    .map_err(|error| AttemptError::Endpoint(self.unanswered(endpoint, &error)))?;
                 let mut stream = WatchStream::new(connection, endpoint.to_string());
                 if status != 200 {
                     let body = stream.read_rest(by);
@@ -125,7 +139,9 @@ impl Client {
                 };
                 match stream.next(by).map_err(AttemptError::Endpoint)? {
                     Some(line) => match self.parse(endpoint, status, &line, by)? {
-                        first if first["created"] == true && first["canceled"] != true => Ok(stream),
+                        first if first["created"] == true && first["canceled"] != true => {
+                            Ok(stream)
+                        }
                         first => failed(first.to_string()),
                     },
                     None => failed("the watch did not begin in time".to_owned()),
@@ -134,10 +150,15 @@ impl Client {
         })
     }
 
-    /// Asks the endpoint of this name for a sign of life. An error means that the endpoint accepts the request and
-    /// does not answer. A failure that prevents the request proves nothing about the endpoint.
+    /// Asks the endpoint of this name for a sign of life. An error means that the endpoint accepts
+    /// the request and does not answer. A failure that prevents the request proves nothing about
+    /// the endpoint.
     pub(super) fn check_alive(&self, name: &str, by: Deadline) -> Result<()> {
-        let Some(endpoint) = self.endpoints.iter().find(|endpoint| endpoint.to_string() == name) else {
+        let Some(endpoint) = self
+            .endpoints
+            .iter()
+            .find(|endpoint| endpoint.to_string() == name)
+        else {
             return Ok(());
         };
         let is_silent = Cell::new(false);
@@ -146,7 +167,11 @@ impl Client {
             || self.connect(endpoint, by),
             |connection| {
                 let answer = connection.send("/version", &[], None, by);
-                is_silent.set(answer.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut));
+                is_silent.set(
+                    answer
+                        .as_ref()
+                        .is_err_and(|error| error.kind() == io::ErrorKind::TimedOut),
+                );
                 answer.map_err(|error| self.unanswered(endpoint, &error))
             },
         );
@@ -156,8 +181,13 @@ impl Client {
         }
     }
 
-    /// Sends a request with the known token, and once more with a new token if the server no longer knows the first.
-    fn with_token<T>(&self, by: Deadline, send: impl Fn(Option<&str>) -> Result<T, AttemptError>) -> Result<T> {
+    /// Sends a request with the known token, and once more with a new token if the server no longer
+    /// knows the first.
+    fn with_token<T>(
+        &self,
+        by: Deadline,
+        send: impl Fn(Option<&str>) -> Result<T, AttemptError>,
+    ) -> Result<T> {
         let Some(login) = &self.login else {
             return send(None).map_err(AttemptError::into_error);
         };
@@ -189,7 +219,12 @@ impl Client {
                 || self.connect(endpoint, by),
                 |connection| {
                     connection
-                        .send("/v3/auth/authenticate", &headers(None), Some(body.as_bytes()), by)
+                        .send(
+                            "/v3/auth/authenticate",
+                            &headers(None),
+                            Some(body.as_bytes()),
+                            by,
+                        )
                         .map_err(|error| self.unanswered(endpoint, &error))
                 },
             );
@@ -204,8 +239,9 @@ impl Client {
         Ok(answer["token"].as_str().unwrap_or_default().into())
     }
 
-    /// Sends a request to one endpoint after another. While an endpoint waits for a leader and there is time, all of
-    /// them are asked again. An election takes a second or two, which is no reason to fail.
+    /// Sends a request to one endpoint after another. While an endpoint waits for a leader and
+    /// there is time, all of them are asked again. An election takes a second or two, which is no
+    /// reason to fail.
     fn at_any_endpoint<T>(
         &self,
         by: Deadline,
@@ -250,7 +286,8 @@ impl Client {
                 std::thread::sleep(ELECTION_RETRY_INTERVAL);
                 continue;
             }
-            let failure = failure.unwrap_or_else(|| StoreError::not_applied("the URL names no endpoint"));
+            let failure =
+                failure.unwrap_or_else(|| StoreError::not_applied("the URL names no endpoint"));
             return Err(AttemptError::Endpoint(outcome.resolve(failure)));
         }
     }
@@ -286,31 +323,52 @@ impl Client {
     }
 
     /// Returns the result in an answer, or the meaning of its error.
-    fn parse(&self, endpoint: &Endpoint, status: u16, body: &[u8], by: Deadline) -> Result<Value, AttemptError> {
+    fn parse(
+        &self,
+        endpoint: &Endpoint,
+        status: u16,
+        body: &[u8],
+        by: Deadline,
+    ) -> Result<Value, AttemptError> {
         let Ok(mut answer) = serde_json::from_slice::<Value>(body) else {
             return Err(self.foreign(endpoint, status, body, by));
         };
         // The result or the error of a stream is one level deeper.
         let error = match &answer["error"] {
             Value::Null if status == 200 => {
-                return Ok(if answer["result"].is_object() { answer["result"].take() } else { answer });
+                return Ok(if answer["result"].is_object() {
+                    answer["result"].take()
+                } else {
+                    answer
+                });
             }
             Value::Null => return Err(self.foreign(endpoint, status, body, by)),
             of_stream @ Value::Object(_) => of_stream,
             _ => &answer,
         };
-        let code = error["code"].as_i64().or_else(|| error["grpc_code"].as_i64()).unwrap_or_default();
-        let message = error["message"].as_str().or_else(|| error["error"].as_str()).unwrap_or_default();
+        let code = error["code"]
+            .as_i64()
+            .or_else(|| error["grpc_code"].as_i64())
+            .unwrap_or_default();
+        let message = error["message"]
+            .as_str()
+            .or_else(|| error["error"].as_str())
+            .unwrap_or_default();
         let user = self.login.as_ref().map_or("", |login| &login.user);
         Err(refusal(endpoint, user, code, message))
     }
 
-    /// Returns the error for an answer that is not from etcd's gateway; it names the server that answers, if that can
-    /// be found out.
+    /// Returns the error for an answer that is not from etcd's gateway; it names the server that
+    /// answers, if that can be found out.
     fn foreign(&self, endpoint: &Endpoint, status: u16, body: &[u8], by: Deadline) -> AttemptError {
-        let excerpt: String = String::from_utf8_lossy(body).chars().filter(|c| !c.is_control()).take(80).collect();
+        let excerpt: String = String::from_utf8_lossy(body)
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(80)
+            .collect();
         if self.tls.is_none() && excerpt.contains("HTTP request to an HTTPS server") {
-            let text = format!("cannot use {endpoint} without TLS: the server speaks TLS; write etcds://");
+            let text =
+                format!("cannot use {endpoint} without TLS: the server speaks TLS; write etcds://");
             return AttemptError::Cluster(StoreError::permanent(text));
         }
         if status != 404 {
@@ -327,7 +385,9 @@ impl Client {
         AttemptError::Cluster(StoreError::permanent(match version {
             None => format!("cannot use {endpoint}: the server is not etcd"),
             Some(version) if is_older(&version) => {
-                format!("cannot use {endpoint}: etcd {version} is too old; use version {MIN_VERSION} or later")
+                format!(
+                    "cannot use {endpoint}: etcd {version} is too old; use version {MIN_VERSION} or later"
+                )
             }
             Some(version) => format!(
                 "cannot use {endpoint}: the gateway of etcd {version} is off; start it without \
@@ -337,15 +397,24 @@ impl Client {
     }
 }
 
-/// Returns the headers of a request. Every request must fail, not wait, if its server knows no leader.
+/// Returns the headers of a request. Every request must fail, not wait, if its server knows no
+/// leader.
 fn headers(token: Option<&str>) -> Vec<(&'static str, &str)> {
-    let mut headers = vec![("Content-Type", "application/json"), ("Grpc-Metadata-hasleader", "true")];
+    let mut headers = vec![
+        ("Content-Type", "application/json"),
+        ("Grpc-Metadata-hasleader", "true"),
+    ];
     headers.extend(token.map(|token| ("Authorization", token)));
     headers
 }
 
 fn is_older(version: &str) -> bool {
-    let parts = |text: &str| -> Vec<u32> { text.split('.').take(2).map_while(|part| part.parse().ok()).collect() };
+    let parts = |text: &str| -> Vec<u32> {
+        text.split('.')
+            .take(2)
+            .map_while(|part| part.parse().ok())
+            .collect()
+    };
     parts(version) < parts(MIN_VERSION)
 }
 
@@ -369,7 +438,9 @@ mod tests {
         let send = |good: fn() -> Result<(), AttemptError>| {
             let by = Deadline::after(Duration::from_secs(60));
             let answer = client.at_any_endpoint(by, |endpoint, _| match &*endpoint.host {
-                "bad" => Err(AttemptError::Endpoint(StoreError::permanent("invalid certificate"))),
+                "bad" => Err(AttemptError::Endpoint(StoreError::permanent(
+                    "invalid certificate",
+                ))),
                 _ => good(),
             });
             client.last_answered.store(0, Ordering::Relaxed);
@@ -392,14 +463,19 @@ mod tests {
                 requests.set(requests.get() + 1);
                 match requests.get() > refusals {
                     true => Ok(()),
-                    false => Err(AttemptError::Leaderless(StoreError::not_applied("no leader"))),
+                    false => Err(AttemptError::Leaderless(StoreError::not_applied(
+                        "no leader",
+                    ))),
                 }
             });
             answer.map_err(AttemptError::into_error)
         };
         assert!(elected_after(5, Duration::from_secs(60)).is_ok());
         assert_eq!(requests.get(), 6);
-        assert!(matches!(elected_after(u32::MAX, ELECTION_RETRY_INTERVAL * 3), Err(StoreError::NotApplied(_))));
+        assert!(matches!(
+            elected_after(u32::MAX, ELECTION_RETRY_INTERVAL * 3),
+            Err(StoreError::NotApplied(_))
+        ));
         assert!((2..=8).contains(&requests.get()));
     }
 

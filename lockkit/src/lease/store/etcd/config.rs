@@ -39,26 +39,40 @@ impl Config {
         let (login, hosts) = match parts.authority.rsplit_once('@') {
             None => (None, parts.authority),
             Some((login, hosts)) => {
-                let both = login.split_once(':').and_then(|(user, password)| Some((text(user)?, text(password)?)));
-                let (user, password) = both.ok_or_else(|| wrong("the part before @ must be user:password".into()))?;
+                let both = login
+                    .split_once(':')
+                    .and_then(|(user, password)| Some((text(user)?, text(password)?)));
+                let (user, password) =
+                    both.ok_or_else(|| wrong("the part before @ must be user:password".into()))?;
                 (Some(Login { user, password }), hosts)
             }
         };
         // The text is not quoted: it may be the first part of a password with a slash in it.
-        let no_host =
-            || wrong("the endpoints must be host:port,host:port; in a user or password write %2F for /".into());
-        let hosts = hosts.split(',').map(|host| endpoint(host).ok_or_else(no_host));
+        let no_host = || {
+            wrong(
+                "the endpoints must be host:port,host:port; in a user or password write %2F for /"
+                    .into(),
+            )
+        };
+        let hosts = hosts
+            .split(',')
+            .map(|host| endpoint(host).ok_or_else(no_host));
         let hosts = hosts.collect::<crate::Result<_>>()?;
         let mut prefix = "lockkit/".to_owned();
         let (mut ca, mut cert, mut key) = (None, None, None);
         for (name, value) in parts.parameters() {
-            let value = value.ok_or_else(|| wrong(format!("the parameter {name} must be UTF-8")))?;
+            let value =
+                value.ok_or_else(|| wrong(format!("the parameter {name} must be UTF-8")))?;
             match name {
                 "ca" => ca = Some(value),
                 "cert" => cert = Some(value),
                 "key" => key = Some(value),
                 "prefix" => prefix = value,
-                _ => return Err(wrong(format!("unknown parameter {name:?}; use ca, cert, key or prefix"))),
+                _ => {
+                    return Err(wrong(format!(
+                        "unknown parameter {name:?}; use ca, cert, key or prefix"
+                    )));
+                }
             }
         }
         let tls = match parts.scheme.eq_ignore_ascii_case("etcds") {
@@ -68,7 +82,12 @@ impl Config {
             }
             false => None,
         };
-        Ok(Self { hosts, tls, login, prefix })
+        Ok(Self {
+            hosts,
+            tls,
+            login,
+            prefix,
+        })
     }
 }
 
@@ -83,27 +102,41 @@ fn endpoint(text: &str) -> Option<(Arc<str>, u16)> {
 }
 
 /// Returns the TLS configuration: the trusted roots and the client's certificate.
-fn tls(ca: Option<&str>, cert: Option<&str>, key: Option<&str>) -> Result<Arc<ClientConfig>, String> {
+fn tls(
+    ca: Option<&str>,
+    cert: Option<&str>,
+    key: Option<&str>,
+) -> Result<Arc<ClientConfig>, String> {
     let certificates = |file: &str| -> Result<Vec<CertificateDer<'static>>, String> {
-        let read = CertificateDer::pem_file_iter(Path::new(file)).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-        let read = read.map_err(|error| format!("cannot read a certificate from {file}: {error}"))?;
-        if read.is_empty() { Err(format!("{file} contains no certificate")) } else { Ok(read) }
+        let read = CertificateDer::pem_file_iter(Path::new(file))
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let read =
+            read.map_err(|error| format!("cannot read a certificate from {file}: {error}"))?;
+        if read.is_empty() {
+            Err(format!("{file} contains no certificate"))
+        } else {
+            Ok(read)
+        }
     };
     let mut roots = RootCertStore::empty();
     match ca {
         Some(file) => {
             for certificate in certificates(file)? {
-                roots
-                    .add(certificate)
-                    .map_err(|error| format!("cannot use {file} as the certificate of an authority: {error}"))?;
+                roots.add(certificate).map_err(|error| {
+                    format!("cannot use {file} as the certificate of an authority: {error}")
+                })?;
             }
         }
-        // System certificates that cannot be read are left out; a server that needs one of them is then not trusted.
+        // System certificates that cannot be read are left out; a server that needs one of them is
+        // then not trusted.
         None => _ = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs),
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-    let builder = builder.map_err(|error| error.to_string())?.with_root_certificates(roots);
+    let builder =
+        ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let builder = builder
+        .map_err(|error| error.to_string())?
+        .with_root_certificates(roots);
     let mut config = match (cert, key) {
         (None, None) => builder.with_no_client_auth(),
         (Some(cert), Some(key)) => {
@@ -126,17 +159,48 @@ mod tests {
 
     #[test]
     fn parse_url_returns_endpoints_or_rule() {
-        let hosts = |url| Config::parse(url).map(|config| config.hosts).map_err(|error| error.to_string());
-        let pairs = |pairs: &[(&str, u16)]| Ok(pairs.iter().map(|(host, port)| ((*host).into(), *port)).collect());
-        assert_eq!(hosts("etcd://a:1,b,[::1]:3"), pairs(&[("a", 1), ("b", 2379), ("[::1]", 3)]));
+        let hosts = |url| {
+            Config::parse(url)
+                .map(|config| config.hosts)
+                .map_err(|error| error.to_string())
+        };
+        let pairs = |pairs: &[(&str, u16)]| {
+            Ok(pairs
+                .iter()
+                .map(|(host, port)| ((*host).into(), *port))
+                .collect())
+        };
+        assert_eq!(
+            hosts("etcd://a:1,b,[::1]:3"),
+            pairs(&[("a", 1), ("b", 2379), ("[::1]", 3)])
+        );
         assert_eq!(hosts("etcd://u:p@a/?prefix=x"), pairs(&[("a", 2379)]));
-        for wrong in ["etcd://", "etcd://a:b", "etcd://a,", "etcd://::1", "etcd://a/b", "etcd://u@a", "etcd://a?x=y"] {
+        for wrong in [
+            "etcd://",
+            "etcd://a:b",
+            "etcd://a,",
+            "etcd://::1",
+            "etcd://a/b",
+            "etcd://u@a",
+            "etcd://a?x=y",
+        ] {
             assert!(hosts(wrong).is_err(), "{wrong}");
         }
         let leaky = hosts("etcd://u:pa/ss@h/x").unwrap_err() + &hosts("etcd://u:pa").unwrap_err();
-        assert!(!leaky.contains("pa/") && !leaky.contains("\"pa") && !leaky.contains("u:pa\""), "{leaky}");
+        assert!(
+            !leaky.contains("pa/") && !leaky.contains("\"pa") && !leaky.contains("u:pa\""),
+            "{leaky}"
+        );
         assert!(hosts("etcd://a?ca=/x").unwrap_err().contains("etcds://"));
-        assert!(hosts("etcds://a?cert=/x").unwrap_err().contains("given together"));
-        assert!(hosts("etcds://a?ca=/no/such/file").unwrap_err().contains("/no/such/file"));
+        assert!(
+            hosts("etcds://a?cert=/x")
+                .unwrap_err()
+                .contains("given together")
+        );
+        assert!(
+            hosts("etcds://a?ca=/no/such/file")
+                .unwrap_err()
+                .contains("/no/such/file")
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! The meaning of etcd's refusals and of failed connections: the message, whether the request may have taken effect,
-//! and whether another endpoint may succeed.
+//! The meaning of etcd's refusals and of failed connections: the message, whether the request may
+//! have taken effect, and whether another endpoint may succeed.
 
 use std::fmt::{self, Display};
 use std::io;
@@ -49,7 +49,10 @@ pub(super) enum AttemptError {
 
 impl AttemptError {
     pub(super) fn into_error(self) -> StoreError {
-        let (Self::Token(error) | Self::Endpoint(error) | Self::Leaderless(error) | Self::Cluster(error)) = self;
+        let (Self::Token(error)
+        | Self::Endpoint(error)
+        | Self::Leaderless(error)
+        | Self::Cluster(error)) = self;
         error
     }
 }
@@ -68,7 +71,12 @@ const DATA_LOSS: i64 = 15;
 const UNAUTHENTICATED: i64 = 16;
 
 /// Returns the meaning of a refusal with this code and message.
-pub(super) fn refusal(endpoint: &impl Display, user: &str, code: i64, message: &str) -> AttemptError {
+pub(super) fn refusal(
+    endpoint: &impl Display,
+    user: &str,
+    code: i64,
+    message: &str,
+) -> AttemptError {
     let refusal = Refusal(message.to_owned());
     let has = |part: &str| message.contains(part);
     let permanent = |text: String| AttemptError::Cluster(StoreError::permanent(text));
@@ -96,7 +104,9 @@ pub(super) fn refusal(endpoint: &impl Display, user: &str, code: i64, message: &
             "cannot use {endpoint} with a client certificate that has a common name while its authentication is on; \
              use a certificate without a common name"
         )),
-        UNAVAILABLE if has("no leader") => AttemptError::Leaderless(StoreError::not_applied(refusal)),
+        UNAVAILABLE if has("no leader") => {
+            AttemptError::Leaderless(StoreError::not_applied(refusal))
+        }
         CANCELLED | UNKNOWN | DEADLINE_EXCEEDED | ABORTED | INTERNAL | UNAVAILABLE | DATA_LOSS => {
             AttemptError::Endpoint(StoreError::unknown(refusal))
         }
@@ -107,7 +117,10 @@ pub(super) fn refusal(endpoint: &impl Display, user: &str, code: i64, message: &
 
 /// Returns whether the other side ended the connection.
 pub(super) fn is_disconnected(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+    )
 }
 
 /// Returns the TLS error of a connection, if there is one.
@@ -118,12 +131,16 @@ pub(super) fn tls_error(endpoint: &impl Display, error: &io::Error) -> Option<St
         Tls::InvalidMessage(_) => {
             format!("cannot use TLS with {endpoint}: the server does not speak TLS; write etcd://")
         }
-        Tls::AlertReceived(AlertDescription::CertificateRequired | AlertDescription::BadCertificate) => format!(
+        Tls::AlertReceived(
+            AlertDescription::CertificateRequired | AlertDescription::BadCertificate,
+        ) => format!(
             "cannot use TLS with {endpoint}: {error}; name a client certificate of a trusted authority with the \
              parameters cert and key"
         ),
         Tls::InvalidCertificate(_) => {
-            format!("cannot trust the certificate of {endpoint}: {error}; name its authority with the parameter ca")
+            format!(
+                "cannot trust the certificate of {endpoint}: {error}; name its authority with the parameter ca"
+            )
         }
         _ => format!("cannot use TLS with {endpoint}: {error}"),
     }))

@@ -1,15 +1,19 @@
-//! HTTP/1.1 as far as etcd's gateway speaks it: a request with a length, an answer in pieces, over TCP or TLS.
+//! HTTP/1.1 as far as etcd's gateway speaks it: a request with a length, an answer in pieces, over
+//! TCP or TLS.
 //!
-//! No call waits past the request's deadline: each read and write sets the socket's own timeout to the time that is
-//! left. A watch reads its answer piece by piece, with a timeout for each piece. The caller learns whether a failure
-//! came before any part of the request was sent ([`Connection::open`]), or after.
+//! No call waits past the request's deadline: each read and write sets the socket's own timeout to
+//! the time that is left. A watch reads its answer piece by piece, with a timeout for each piece.
+//! The caller learns whether a failure came before any part of the request was sent
+//! ([`Connection::open`]), or after.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::net::sockopt::{set_socket_keepalive, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl};
+use rustix::net::sockopt::{
+    set_socket_keepalive, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl,
+};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
@@ -41,7 +45,11 @@ impl Socket {
 
 /// Converts `WouldBlock`, by which a socket reports its timeout, to `TimedOut`.
 fn map_timeout(error: io::Error) -> io::Error {
-    if error.kind() == ErrorKind::WouldBlock { ErrorKind::TimedOut.into() } else { error }
+    if error.kind() == ErrorKind::WouldBlock {
+        ErrorKind::TimedOut.into()
+    } else {
+        error
+    }
 }
 
 impl Read for Socket {
@@ -106,8 +114,14 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Connects to `host:port`, and with `tls` performs the handshake. Whatever fails here, no request has been sent.
-    pub(super) fn open(host: &Arc<str>, port: u16, tls: Option<&Arc<ClientConfig>>, by: Deadline) -> io::Result<Self> {
+    /// Connects to `host:port`, and with `tls` performs the handshake. Whatever fails here, no
+    /// request has been sent.
+    pub(super) fn open(
+        host: &Arc<str>,
+        port: u16,
+        tls: Option<&Arc<ClientConfig>>,
+        by: Deadline,
+    ) -> io::Result<Self> {
         let tcp = connect(host, port, by)?;
         tcp.set_nodelay(true)?;
         set_socket_keepalive(&tcp, true)?;
@@ -118,10 +132,14 @@ impl Connection {
         let stream = match tls {
             None => Stream::Plain(socket),
             Some(config) => {
-                let server_name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+                let server_name = host
+                    .trim_start_matches('[')
+                    .trim_end_matches(']')
+                    .to_owned();
                 let name = ServerName::try_from(server_name)
                     .map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
-                let mut tls = ClientConnection::new(config.clone(), name).map_err(io::Error::other)?;
+                let mut tls =
+                    ClientConnection::new(config.clone(), name).map_err(io::Error::other)?;
                 while tls.is_handshaking() {
                     tls.complete_io(&mut socket)?;
                 }
@@ -129,11 +147,16 @@ impl Connection {
             }
         };
         let authority = format!("{host}:{port}").into();
-        Ok(Self { stream, host: authority, input: Vec::new(), framing: Framing::Length(0) })
+        Ok(Self {
+            stream,
+            host: authority,
+            input: Vec::new(),
+            framing: Framing::Length(0),
+        })
     }
 
-    /// Sends a request and returns the status of its answer; [`piece`](Self::piece) reads the body. Without a body the
-    /// request is a GET.
+    /// Sends a request and returns the status of its answer; [`piece`](Self::piece) reads the body.
+    /// Without a body the request is a GET.
     pub(super) fn begin(
         &mut self,
         path: &str,
@@ -143,7 +166,8 @@ impl Connection {
     ) -> io::Result<u16> {
         self.stream.set_deadline(by);
         let method = if body.is_some() { "POST" } else { "GET" };
-        let mut request = format!("{method} {path} HTTP/1.1\r\nHost: {}\r\n", self.host).into_bytes();
+        let mut request =
+            format!("{method} {path} HTTP/1.1\r\nHost: {}\r\n", self.host).into_bytes();
         for (name, value) in headers {
             write!(request, "{name}: {value}\r\n")?;
         }
@@ -168,7 +192,9 @@ impl Connection {
         while let Some(piece) = self.piece(by)? {
             received.extend_from_slice(&piece);
             if received.len() > MAX_PIECE_LENGTH {
-                return Err(invalid_data(format!("the answer is longer than {MAX_PIECE_LENGTH} bytes")));
+                return Err(invalid_data(format!(
+                    "the answer is longer than {MAX_PIECE_LENGTH} bytes"
+                )));
             }
         }
         Ok((status, received))
@@ -178,18 +204,25 @@ impl Connection {
         loop {
             let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
             let mut head = httparse::Response::new(&mut headers);
-            let httparse::Status::Complete(length) = head.parse(&self.input).map_err(invalid_data)? else {
+            let httparse::Status::Complete(length) =
+                head.parse(&self.input).map_err(invalid_data)?
+            else {
                 self.fill()?;
                 continue;
             };
             let status = head.code.unwrap_or_default();
             let value = |name: &str| {
-                let header = head.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
+                let header = head
+                    .headers
+                    .iter()
+                    .find(|header| header.name.eq_ignore_ascii_case(name))?;
                 std::str::from_utf8(header.value).ok()
             };
-            let is_chunked = value("transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked"));
-            let announced =
-                value("content-length").map(|length| length.trim().parse().map_err(invalid_data)).transpose()?;
+            let is_chunked = value("transfer-encoding")
+                .is_some_and(|value| value.eq_ignore_ascii_case("chunked"));
+            let announced = value("content-length")
+                .map(|length| length.trim().parse().map_err(invalid_data))
+                .transpose()?;
             let framing = match announced {
                 _ if is_chunked => Framing::Chunked,
                 Some(length) => Framing::Length(length),
@@ -204,15 +237,18 @@ impl Connection {
         }
     }
 
-    /// Returns the next piece of the body, in whole chunks if the server sends chunks; `None` at the end. After a
-    /// timeout the caller can wait for the same piece again.
+    /// Returns the next piece of the body, in whole chunks if the server sends chunks; `None` at
+    /// the end. After a timeout the caller can wait for the same piece again.
     pub(super) fn piece(&mut self, by: Deadline) -> io::Result<Option<Vec<u8>>> {
         self.stream.set_deadline(by);
         loop {
             match self.framing {
                 Framing::Length(0) => return Ok(None),
                 Framing::Length(remaining) if !self.input.is_empty() => {
-                    let piece: Vec<u8> = self.input.drain(..remaining.min(self.input.len())).collect();
+                    let piece: Vec<u8> = self
+                        .input
+                        .drain(..remaining.min(self.input.len()))
+                        .collect();
                     self.framing = Framing::Length(remaining - piece.len());
                     return Ok(Some(piece));
                 }
@@ -221,11 +257,16 @@ impl Connection {
                     None if self.framing == Framing::Length(0) => return Ok(None),
                     None => {}
                 },
-                Framing::Close if !self.input.is_empty() => return Ok(Some(std::mem::take(&mut self.input))),
+                Framing::Close if !self.input.is_empty() => {
+                    return Ok(Some(std::mem::take(&mut self.input)));
+                }
                 Framing::Length(_) | Framing::Close => {}
             }
             match self.fill() {
-                Err(error) if error.kind() == ErrorKind::UnexpectedEof && self.framing == Framing::Close => {
+                Err(error)
+                    if error.kind() == ErrorKind::UnexpectedEof
+                        && self.framing == Framing::Close =>
+                {
                     self.framing = Framing::Length(0);
                 }
                 filled => filled?,
@@ -233,17 +274,21 @@ impl Connection {
         }
     }
 
-    /// Takes the next chunk out of the input, if it has arrived. After the last chunk, sets the framing to no further
-    /// bytes.
+    /// Takes the next chunk out of the input, if it has arrived. After the last chunk, sets the
+    /// framing to no further bytes.
     fn chunk(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let size = httparse::parse_chunk_size(&self.input).map_err(|_| invalid_data("a chunk has no size"))?;
+        let size = httparse::parse_chunk_size(&self.input)
+            .map_err(|_| invalid_data("a chunk has no size"))?;
         match size {
             httparse::Status::Complete((from, 0)) => {
                 // Trailers end with an empty line and are ignored.
                 let rest = &self.input[from..];
                 let end = match rest.starts_with(b"\r\n") {
                     true => Some(2),
-                    false => rest.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4),
+                    false => rest
+                        .windows(4)
+                        .position(|window| window == b"\r\n\r\n")
+                        .map(|at| at + 4),
                 };
                 if let Some(end) = end {
                     self.input.drain(..from + end);
@@ -252,8 +297,11 @@ impl Connection {
                 Ok(None)
             }
             httparse::Status::Complete((from, size)) => {
-                let size = usize::try_from(size).ok().filter(|size| *size <= MAX_PIECE_LENGTH);
-                let too_long = || invalid_data(format!("a chunk is longer than {MAX_PIECE_LENGTH} bytes"));
+                let size = usize::try_from(size)
+                    .ok()
+                    .filter(|size| *size <= MAX_PIECE_LENGTH);
+                let too_long =
+                    || invalid_data(format!("a chunk is longer than {MAX_PIECE_LENGTH} bytes"));
                 let to = from + size.ok_or_else(too_long)?;
                 if self.input.len() < to + 2 {
                     return Ok(None);
@@ -268,7 +316,9 @@ impl Connection {
 
     fn fill(&mut self) -> io::Result<()> {
         if self.input.len() > MAX_PIECE_LENGTH {
-            return Err(invalid_data(format!("a line is longer than {MAX_PIECE_LENGTH} bytes")));
+            return Err(invalid_data(format!(
+                "a line is longer than {MAX_PIECE_LENGTH} bytes"
+            )));
         }
         let mut buffer = [0; 16 << 10];
         loop {

@@ -1,4 +1,5 @@
-//! The values in etcd's JSON: numbers of 64 bits are strings, zero or empty values are omitted, bytes are base64.
+//! The values in etcd's JSON: numbers of 64 bits are strings, zero or empty values are omitted,
+//! bytes are base64.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -17,7 +18,11 @@ pub(super) fn decode(value: &Value) -> String {
 
 /// Returns a number, which JSON may contain as a string, or omit if it is zero.
 pub(super) fn number(value: &Value) -> u64 {
-    value.as_str().and_then(|text| text.parse().ok()).or_else(|| value.as_u64()).unwrap_or_default()
+    value
+        .as_str()
+        .and_then(|text| text.parse().ok())
+        .or_else(|| value.as_u64())
+        .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -28,7 +33,14 @@ mod tests {
 
     #[test]
     fn read_json_of_gateway_returns_values() {
-        assert_eq!((number(&json!("12")), number(&json!(12)), number(&Value::Null)), (12, 12, 0));
+        assert_eq!(
+            (
+                number(&json!("12")),
+                number(&json!(12)),
+                number(&Value::Null)
+            ),
+            (12, 12, 0)
+        );
         assert_eq!(decode(&json!(encode("held"))), "held");
         assert_eq!(decode(&Value::Null), "");
     }

@@ -26,7 +26,8 @@ pub(super) struct EtcdListener {
 
 impl EtcdListener {
     pub(super) fn open(client: &Arc<Client>, prefix: &str, by: Deadline) -> Result<Self> {
-        // The prefix ends with a slash. The range ends at the prefix with this last byte incremented.
+        // The prefix ends with a slash. The range ends at the prefix with this last byte
+        // incremented.
         let mut end = prefix.as_bytes().to_vec();
         if let Some(last) = end.last_mut() {
             *last += 1;
@@ -35,7 +36,12 @@ impl EtcdListener {
             "key": encode(prefix), "range_end": encode(end), "filters": ["NOPUT"],
         } });
         let stream = client.watch(&request, by)?;
-        Ok(Self { client: client.clone(), stream, prefix: prefix.to_owned(), last_answer: Instant::now() })
+        Ok(Self {
+            client: client.clone(),
+            stream,
+            prefix: prefix.to_owned(),
+            last_answer: Instant::now(),
+        })
     }
 }
 
@@ -44,7 +50,8 @@ impl Listener for EtcdListener {
         let Some(line) = self.stream.next(Deadline::after(at_most))? else {
             if self.last_answer.elapsed() > MAX_SILENCE {
                 // A frozen endpoint looks like an endpoint without changes to report.
-                self.client.check_alive(self.stream.endpoint(), Deadline::after(MAX_SILENCE / 2))?;
+                self.client
+                    .check_alive(self.stream.endpoint(), Deadline::after(MAX_SILENCE / 2))?;
                 self.last_answer = Instant::now();
             }
             return Ok(());
@@ -52,9 +59,12 @@ impl Listener for EtcdListener {
         self.last_answer = Instant::now();
         let answer: Value = serde_json::from_slice(&line).map_err(StoreError::not_applied)?;
         let result = &answer["result"];
-        // etcd ends the watch if it has no leader, or if it has compacted the revision that the watch had reached.
+        // etcd ends the watch if it has no leader, or if it has compacted the revision that the
+        // watch had reached.
         if !result.is_object() || result["canceled"] == true {
-            return Err(StoreError::not_applied(format!("cannot watch the leases: etcd ended the watch: {answer}")));
+            return Err(StoreError::not_applied(format!(
+                "cannot watch the leases: etcd ended the watch: {answer}"
+            )));
         }
         for event in result["events"].as_array().into_iter().flatten() {
             if let Some(name) = decode(&event["kv"]["key"]).strip_prefix(&self.prefix) {

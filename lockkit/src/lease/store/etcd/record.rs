@@ -16,7 +16,10 @@ pub(super) struct Keys {
 
 impl Keys {
     pub(super) fn new(prefix: &str) -> Self {
-        Self { held: format!("{prefix}held/"), record: format!("{prefix}record/") }
+        Self {
+            held: format!("{prefix}held/"),
+            record: format!("{prefix}record/"),
+        }
     }
 
     pub(super) fn held(&self, name: &LeaseName) -> String {
@@ -49,7 +52,11 @@ impl Record {
         let text = decode(&key["value"]);
         let (first, owner) = text.split_once('\n').unwrap_or_default();
         let (state, claim) = first.split_once(' ').unwrap_or_default();
-        Self { state: state.to_owned(), claim: parse_claim(claim), owner: parse_owner(owner) }
+        Self {
+            state: state.to_owned(),
+            claim: parse_claim(claim),
+            owner: parse_owner(owner),
+        }
     }
 
     pub(super) fn is(&self, state: &str, claim: Option<ClaimId>) -> bool {
@@ -57,7 +64,8 @@ impl Record {
     }
 }
 
-/// The record that a request found instead of the key to free: the key belongs to another claim or does not exist.
+/// The record that a request found instead of the key to free: the key belongs to another claim or
+/// does not exist.
 pub(super) struct NotFreed {
     pub(super) record: Record,
     /// An earlier attempt of the request got no answer.
@@ -66,7 +74,10 @@ pub(super) struct NotFreed {
 
 impl NotFreed {
     pub(super) fn of(answer: &Answer) -> Self {
-        Self { record: Record::parse(answer.read(0)), is_indeterminate: answer.is_indeterminate }
+        Self {
+            record: Record::parse(answer.read(0)),
+            is_indeterminate: answer.is_indeterminate,
+        }
     }
 }
 

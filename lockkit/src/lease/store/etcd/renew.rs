@@ -21,17 +21,22 @@ impl ProcessState {
         let session = session_of(grant)?;
         let began = now();
         if session.covers(grant, began) {
-            return Ok(Renewal::Extended { ttl: session.left(began) });
+            return Ok(Renewal::Extended {
+                ttl: session.left(began),
+            });
         }
         // The key is being deleted as orphaned: the lease is lost, though its key may still exist.
         if session.orphan_cause(Some(*grant.claim())).is_some() {
             return Ok(Renewal::Lost { by: None });
         }
         let renewal = session.renewal_lock.try_lock_until(by.moment());
-        let _renewal = renewal
-            .ok_or_else(|| StoreError::not_applied("cannot renew the session: another renewal is still under way"))?;
+        let _renewal = renewal.ok_or_else(|| {
+            StoreError::not_applied("cannot renew the session: another renewal is still under way")
+        })?;
         if session.covers(grant, began) {
-            return Ok(Renewal::Extended { ttl: session.left(began) });
+            return Ok(Renewal::Extended {
+                ttl: session.left(began),
+            });
         }
         for _ in 0..MAX_ROUNDS {
             let keep_alive = match session.is_fresh(began) {
@@ -48,23 +53,41 @@ impl ProcessState {
                 Some(keep_alive) if keep_alive.term != term => {}
                 keep_alive => {
                     keep_alive.inspect(|keep_alive| session.record_keep_alive(keep_alive.sent));
-                    return Ok(Renewal::Extended { ttl: session.left(began) });
+                    return Ok(Renewal::Extended {
+                        ttl: session.left(began),
+                    });
                 }
             }
         }
-        Err(StoreError::not_applied("cannot renew the session: the leader of etcd changed repeatedly"))
+        Err(StoreError::not_applied(
+            "cannot renew the session: the leader of etcd changed repeatedly",
+        ))
     }
 
-    /// Checks the keys of the session that are due for a check. Returns the leader's term if the grant's key is in
-    /// place.
-    fn check_keys(&self, session: &Session, grant: &Grant, began: Duration, by: Deadline) -> Result<Option<u64>> {
+    /// Checks the keys of the session that are due for a check. Returns the leader's term if the
+    /// grant's key is in place.
+    fn check_keys(
+        &self,
+        session: &Session,
+        grant: &Grant,
+        began: Duration,
+        by: Deadline,
+    ) -> Result<Option<u64>> {
         let names = session.keys_to_check(grant, began);
         let keys: Vec<_> = names.iter().map(|(name, _)| self.keys.held(name)).collect();
-        let compare: Value = keys.iter().zip(&names).map(|(key, (_, token))| is_at(key, *token)).collect();
-        let read: Value = keys.iter().map(|key| json!({ "request_range": { "key": key } })).collect();
+        let compare: Value = keys
+            .iter()
+            .zip(&names)
+            .map(|(key, (_, token))| is_at(key, *token))
+            .collect();
+        let read: Value = keys
+            .iter()
+            .map(|key| json!({ "request_range": { "key": key } }))
+            .collect();
         let sent = now();
         let answer = self.transact(compare, json!([]), read, by)?;
-        let is_in_place = |at, token| answer.is_done() || number(&answer.read(at)["mod_revision"]) == token;
+        let is_in_place =
+            |at, token| answer.is_done() || number(&answer.read(at)["mod_revision"]) == token;
         let found = names.into_iter().enumerate();
         let found = found.map(|(at, (name, token))| (name, token, is_in_place(at, token)));
         session.record_check(found, sent, now());
@@ -74,11 +97,18 @@ impl ProcessState {
     /// Returns the result of a renewal that did not find the grant's key in place.
     fn lost_or_unknown(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
         let seen = self.get(grant.name(), by)?;
-        if seen.as_ref().is_some_and(|seen| seen.revision() == grant.token()) {
-            return Err(StoreError::not_applied("cannot renew the lease: etcd has its key, but not its session"));
+        if seen
+            .as_ref()
+            .is_some_and(|seen| seen.revision() == grant.token())
+        {
+            return Err(StoreError::not_applied(
+                "cannot renew the lease: etcd has its key, but not its session",
+            ));
         }
         session_of(grant)?.remove(grant);
-        Ok(Renewal::Lost { by: seen.and_then(|seen| seen.owner().cloned()) })
+        Ok(Renewal::Lost {
+            by: seen.and_then(|seen| seen.owner().cloned()),
+        })
     }
 }
 

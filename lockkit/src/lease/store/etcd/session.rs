@@ -1,21 +1,24 @@
 //! Sessions: one etcd lease for all leases of a process that have the same TTL.
 //!
-//! etcd deletes the keys of a session that was not kept alive for its TTL. So one request renews all its leases. The
-//! validity of a lease counts from the time at which the request that last kept the session alive was *sent*. A renewal
-//! sends no request if two facts are recent: the session was kept alive, and the lease's key was found in place. Recent
-//! means less than an eighth of the TTL ago, and less than 250 ms ago. Otherwise the renewal asks etcd, and checks as
-//! many other keys as fit into the request. So a thousand leases of 2 s cost about forty requests per second.
+//! etcd deletes the keys of a session that was not kept alive for its TTL. So one request renews
+//! all its leases. The validity of a lease counts from the time at which the request that last kept
+//! the session alive was *sent*. A renewal sends no request if two facts are recent: the session
+//! was kept alive, and the lease's key was found in place. Recent means less than an eighth of the
+//! TTL ago, and less than 250 ms ago. Otherwise the renewal asks etcd, and checks as many other
+//! keys as fit into the request. So a thousand leases of 2 s cost about forty requests per second.
 //!
-//! **A session counts as kept alive only after a quorum confirms it.** The leader keeps sessions alive by itself. A
-//! leader that was cut off or stopped would continue to do so until it learns that it was replaced. Every answer names
-//! the term of its leader. A quorum answers the request that follows, a transaction. If its term is the term of the
-//! answer before, the server that kept the session alive was the leader.
+//! **A session counts as kept alive only after a quorum confirms it.** The leader keeps sessions
+//! alive by itself. A leader that was cut off or stopped would continue to do so until it learns
+//! that it was replaced. Every answer names the term of its leader. A quorum answers the request
+//! that follows, a transaction. If its term is the term of the answer before, the server that kept
+//! the session alive was the leader.
 //!
-//! **Orphaned keys are deleted.** A key lives as long as its session. A key without a holder, or without renewals,
-//! would live as long as other leases of the process. There are three kinds: see [`OrphanCause`]. The thread that keeps
-//! the session alive deletes keys that have been orphaned for a TTL. A new acquisition takes them over at once. A
-//! request without an answer may be applied later than the request that replaced it. So the possible grant of such a
-//! request is looked after for three TTLs, even if its claim has been granted and released since.
+//! **Orphaned keys are deleted.** A key lives as long as its session. A key without a holder, or
+//! without renewals, would live as long as other leases of the process. There are three kinds: see
+//! [`OrphanCause`]. The thread that keeps the session alive deletes keys that have been orphaned
+//! for a TTL. A new acquisition takes them over at once. A request without an answer may be applied
+//! later than the request that replaced it. So the possible grant of such a request is looked after
+//! for three TTLs, even if its claim has been granted and released since.
 //!
 //! A session without leases is not kept alive, and ends after its TTL.
 
@@ -28,14 +31,15 @@ use parking_lot::Mutex;
 use crate::lease::clock::{Clock, SystemClock};
 use crate::lease::store::lease_store::{ClaimId, Grant, LeaseName};
 
-/// A check of the session or of a key counts for the TTL divided by this, at most [`MAX_RECENT`]. The limit exists
-/// because a holder with a short heartbeat interval must learn of a loss soon.
+/// A check of the session or of a key counts for the TTL divided by this, at most [`MAX_RECENT`].
+/// The limit exists because a holder with a short heartbeat interval must learn of a loss soon.
 const RECENT_DIVISOR: u32 = 8;
 const MAX_RECENT: Duration = Duration::from_millis(250);
-/// The maximum number of keys that one request checks; etcd refuses transactions with more operations.
+/// The maximum number of keys that one request checks; etcd refuses transactions with more
+/// operations.
 const MAX_KEYS_PER_REQUEST: usize = 128;
-/// An orphaned key is looked after for so many TTLs. Until then a request without an answer counts as possibly under
-/// way.
+/// An orphaned key is looked after for so many TTLs. Until then a request without an answer counts
+/// as possibly under way.
 const ORPHAN_LIFETIME_TTLS: u32 = 3;
 /// The maximum number of orphaned keys that one keep-alive of the session deletes.
 const MAX_DELETIONS_PER_KEEP_ALIVE: usize = 16;
@@ -77,7 +81,8 @@ pub(super) enum OrphanCause {
     Indeterminate,
     /// The request that released the key got no answer.
     Released,
-    /// The key was not renewed for a TTL: its holder hangs, or could not report that it gave up the lease.
+    /// The key was not renewed for a TTL: its holder hangs, or could not report that it gave up the
+    /// lease.
     NotRenewed,
 }
 
@@ -99,13 +104,18 @@ pub(super) struct ClaimRequest {
 impl Drop for ClaimRequest {
     fn drop(&mut self) {
         let mut state = self.session.state.lock();
-        if let Some(at) = state.requested_claims.iter().position(|claim| *claim == self.claim) {
+        if let Some(at) = state
+            .requested_claims
+            .iter()
+            .position(|claim| *claim == self.claim)
+        {
             state.requested_claims.swap_remove(at);
         }
     }
 }
 
-/// A keep-alive of a session by a request sent at `sent`. It counts if the leader of `term` still is the leader.
+/// A keep-alive of a session by a request sent at `sent`. It counts if the leader of `term` still
+/// is the leader.
 #[derive(Clone, Copy)]
 pub(super) struct KeepAlive {
     pub(super) sent: Duration,
@@ -129,9 +139,9 @@ impl Session {
         }
     }
 
-    /// Returns whether enough of the session is left to begin a lease. The first heartbeat of the lease keeps the
-    /// session alive, before another third of the TTL has passed. Keeping it alive first would cost a waiter one more
-    /// request.
+    /// Returns whether enough of the session is left to begin a lease. The first heartbeat of the
+    /// lease keeps the session alive, before another third of the TTL has passed. Keeping it alive
+    /// first would cost a waiter one more request.
     pub(super) fn can_begin(&self, now: Duration) -> bool {
         now.saturating_sub(self.state.lock().kept_alive_at) < self.ttl / 4
     }
@@ -155,8 +165,9 @@ impl Session {
         state.kept_alive_at = state.kept_alive_at.max(sent);
     }
 
-    /// Returns how long a lease of this session is valid, counted from `now`. The elapsed part counts for a little
-    /// more, so that the lease's deduction for clock drift covers the whole TTL.
+    /// Returns how long a lease of this session is valid, counted from `now`. The elapsed part
+    /// counts for a little more, so that the lease's deduction for clock drift covers the whole
+    /// TTL.
     pub(super) fn left(&self, now: Duration) -> Duration {
         let over = now.saturating_sub(self.state.lock().kept_alive_at);
         self.ttl.saturating_sub(over + over / 64)
@@ -164,10 +175,19 @@ impl Session {
 
     /// Records a key that was attached by a request sent at `sent`.
     pub(super) fn add(&self, name: &LeaseName, claim: &ClaimId, token: u64, sent: Duration) {
-        let key = Key { claim: *claim, token, found_at: sent, renewed_at: now() };
+        let key = Key {
+            claim: *claim,
+            token,
+            found_at: sent,
+            renewed_at: now(),
+        };
         let mut state = self.state.lock();
         // The answer to a later acquisition may arrive first; then this one is out of date.
-        if state.keys.get(name).is_none_or(|known| known.token <= token) {
+        if state
+            .keys
+            .get(name)
+            .is_none_or(|known| known.token <= token)
+        {
             state.keys.insert(name.clone(), key);
         }
     }
@@ -175,66 +195,121 @@ impl Session {
     /// Removes the grant's key, which is not attached any more.
     pub(super) fn remove(&self, grant: &Grant) {
         let mut state = self.state.lock();
-        if state.keys.get(grant.name()).is_some_and(|key| key.is_of(grant)) {
+        if state
+            .keys
+            .get(grant.name())
+            .is_some_and(|key| key.is_of(grant))
+        {
             state.keys.remove(grant.name());
         }
     }
 
-    /// Records a renewal of the grant. Returns whether the session was kept alive and the grant's key was found in
-    /// place shortly before `now`.
+    /// Records a renewal of the grant. Returns whether the session was kept alive and the grant's
+    /// key was found in place shortly before `now`.
     pub(super) fn covers(&self, grant: &Grant, now: Duration) -> bool {
         let mut state = self.state.lock();
-        let (is_kept, is_paused) = (self.is_recent(state.kept_alive_at, now), now < state.checks_paused_until);
-        let Some(key) = state.keys.get_mut(grant.name()).filter(|key| key.is_of(grant)) else { return false };
+        let (is_kept, is_paused) = (
+            self.is_recent(state.kept_alive_at, now),
+            now < state.checks_paused_until,
+        );
+        let Some(key) = state
+            .keys
+            .get_mut(grant.name())
+            .filter(|key| key.is_of(grant))
+        else {
+            return false;
+        };
         key.renewed_at = key.renewed_at.max(now);
-        is_kept && (self.is_recent(key.found_at, now) || (is_paused && now.saturating_sub(key.found_at) < self.ttl))
+        is_kept
+            && (self.is_recent(key.found_at, now)
+                || (is_paused && now.saturating_sub(key.found_at) < self.ttl))
     }
 
     /// Records that the key of this claim is orphaned, though the key may exist.
-    pub(super) fn record_orphan(&self, name: &LeaseName, claim: &ClaimId, cause: OrphanCause, since: Duration) {
+    pub(super) fn record_orphan(
+        &self,
+        name: &LeaseName,
+        claim: &ClaimId,
+        cause: OrphanCause,
+        since: Duration,
+    ) {
         let mut state = self.state.lock();
         if state.keys.get(name).is_some_and(|key| key.claim == *claim) {
             state.keys.remove(name);
         }
-        state.record_orphan(Orphan { name: name.clone(), claim: *claim, cause, since, due: since + self.ttl });
+        state.record_orphan(Orphan {
+            name: name.clone(),
+            claim: *claim,
+            cause,
+            since,
+            due: since + self.ttl,
+        });
     }
 
-    /// Records that the claim is being requested, from `now` until the returned value is dropped. Meanwhile its key is
-    /// not orphaned. The key is not deleted before a TTL has passed, which no request outlasts.
+    /// Records that the claim is being requested, from `now` until the returned value is dropped.
+    /// Meanwhile its key is not orphaned. The key is not deleted before a TTL has passed, which no
+    /// request outlasts.
     pub(super) fn begin_request(self: &Arc<Self>, claim: &ClaimId, now: Duration) -> ClaimRequest {
         let mut state = self.state.lock();
-        if let Some(orphan) = state.orphans.iter_mut().find(|orphan| orphan.claim == *claim) {
+        if let Some(orphan) = state
+            .orphans
+            .iter_mut()
+            .find(|orphan| orphan.claim == *claim)
+        {
             orphan.due = orphan.due.max(now + self.ttl);
         }
         state.requested_claims.push(*claim);
-        ClaimRequest { session: self.clone(), claim: *claim }
+        ClaimRequest {
+            session: self.clone(),
+            claim: *claim,
+        }
     }
 
-    /// Returns why the key of this claim is orphaned, if it is. A claim that is being requested is not orphaned.
+    /// Returns why the key of this claim is orphaned, if it is. A claim that is being requested is
+    /// not orphaned.
     pub(super) fn orphan_cause(&self, claim: Option<ClaimId>) -> Option<OrphanCause> {
         let state = self.state.lock();
-        let orphan = state.orphans.iter().find(|orphan| Some(orphan.claim) == claim)?;
+        let orphan = state
+            .orphans
+            .iter()
+            .find(|orphan| Some(orphan.claim) == claim)?;
         (!state.is_granted_or_requested(orphan)).then_some(orphan.cause)
     }
 
-    /// Returns whether a request of this claim got no answer, and no later request of the claim was granted. A later
-    /// request may be under way.
+    /// Returns whether a request of this claim got no answer, and no later request of the claim was
+    /// granted. A later request may be under way.
     pub(super) fn is_indeterminate(&self, claim: Option<ClaimId>) -> bool {
         let state = self.state.lock();
-        let matches_claim =
-            |orphan: &&Orphan| orphan.cause == OrphanCause::Indeterminate && Some(orphan.claim) == claim;
-        state.orphans.iter().find(matches_claim).is_some_and(|orphan| !state.is_granted(orphan))
+        let matches_claim = |orphan: &&Orphan| {
+            orphan.cause == OrphanCause::Indeterminate && Some(orphan.claim) == claim
+        };
+        state
+            .orphans
+            .iter()
+            .find(matches_claim)
+            .is_some_and(|orphan| !state.is_granted(orphan))
     }
 
-    /// Returns the orphaned keys to delete now. The same keys are due again later, because a request without an answer
-    /// may still be under way.
+    /// Returns the orphaned keys to delete now. The same keys are due again later, because a
+    /// request without an answer may still be under way.
     pub(super) fn due_for_deletion(&self, now: Duration) -> Vec<(LeaseName, ClaimId, OrphanCause)> {
         let mut state = self.state.lock();
-        let not_renewed = state.keys.iter().filter(|(_, key)| now.saturating_sub(key.renewed_at) > self.ttl);
-        let not_renewed: Vec<_> = not_renewed.map(|(name, key)| (name.clone(), key.claim)).collect();
+        let not_renewed = state
+            .keys
+            .iter()
+            .filter(|(_, key)| now.saturating_sub(key.renewed_at) > self.ttl);
+        let not_renewed: Vec<_> = not_renewed
+            .map(|(name, key)| (name.clone(), key.claim))
+            .collect();
         for (name, claim) in not_renewed {
             state.keys.remove(&name);
-            state.record_orphan(Orphan { name, claim, cause: OrphanCause::NotRenewed, since: now, due: now });
+            state.record_orphan(Orphan {
+                name,
+                claim,
+                cause: OrphanCause::NotRenewed,
+                since: now,
+                due: now,
+            });
         }
         let mut orphans = std::mem::take(&mut state.orphans);
         orphans.retain(|orphan| now < orphan.since + self.ttl * ORPHAN_LIFETIME_TTLS);
@@ -251,19 +326,30 @@ impl Session {
         due_for_deletion
     }
 
-    /// Returns the keys to check together with the grant's, and their tokens: the keys whose last check is the oldest.
+    /// Returns the keys to check together with the grant's, and their tokens: the keys whose last
+    /// check is the oldest.
     pub(super) fn keys_to_check(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, u64)> {
         let state = self.state.lock();
-        let mut stale: Vec<_> = state.keys.iter().filter(|(name, _)| *name != grant.name()).collect();
+        let mut stale: Vec<_> = state
+            .keys
+            .iter()
+            .filter(|(name, _)| *name != grant.name())
+            .collect();
         stale.retain(|(_, key)| now.saturating_sub(key.found_at) >= self.recent_limit() / 2);
         stale.sort_unstable_by_key(|(_, key)| key.found_at);
-        let stale = stale.into_iter().map(|(name, key)| (name.clone(), key.token)).take(MAX_KEYS_PER_REQUEST - 1);
-        std::iter::once((grant.name().clone(), grant.token())).chain(stale).collect()
+        let stale = stale
+            .into_iter()
+            .map(|(name, key)| (name.clone(), key.token))
+            .take(MAX_KEYS_PER_REQUEST - 1);
+        std::iter::once((grant.name().clone(), grant.token()))
+            .chain(stale)
+            .collect()
     }
 
-    /// Records that a request sent at `sent` checked whether the keys of the names have these tokens. The answer
-    /// arrived at `now`. No further check follows for as long as the request took. So on a slow server the heartbeats
-    /// of many leases do not wait for one check after another.
+    /// Records that a request sent at `sent` checked whether the keys of the names have these
+    /// tokens. The answer arrived at `now`. No further check follows for as long as the request
+    /// took. So on a slow server the heartbeats of many leases do not wait for one check after
+    /// another.
     pub(super) fn record_check(
         &self,
         found: impl Iterator<Item = (LeaseName, u64, bool)>,
@@ -291,13 +377,16 @@ impl State {
         self.orphans.push(orphan);
     }
 
-    /// Returns whether a later request of the claim was granted, or is under way and may be granted.
+    /// Returns whether a later request of the claim was granted, or is under way and may be
+    /// granted.
     fn is_granted_or_requested(&self, orphan: &Orphan) -> bool {
         self.is_granted(orphan) || self.requested_claims.contains(&orphan.claim)
     }
 
     fn is_granted(&self, orphan: &Orphan) -> bool {
-        self.keys.get(&orphan.name).is_some_and(|key| key.claim == orphan.claim)
+        self.keys
+            .get(&orphan.name)
+            .is_some_and(|key| key.claim == orphan.claim)
     }
 }
 
@@ -319,7 +408,12 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn grant(name: &str, token: u64) -> Grant {
-        Grant::new(&LeaseName::new(name).unwrap(), &ClaimId::from_number(token.into()), token, SECOND * 8)
+        Grant::new(
+            &LeaseName::new(name).unwrap(),
+            &ClaimId::from_number(token.into()),
+            token,
+            SECOND * 8,
+        )
     }
 
     fn add(session: &Session, grant: &Grant, sent: Duration) {
@@ -330,21 +424,36 @@ mod tests {
     fn lease_validity_is_bounded_by_session_ttl() {
         let session = Session::new(1, SECOND * 8, SECOND * 100);
         assert_eq!(session.left(SECOND * 100), SECOND * 8);
-        assert_eq!(session.left(SECOND * 99), SECOND * 8, "a later request kept it alive");
+        assert_eq!(
+            session.left(SECOND * 99),
+            SECOND * 8,
+            "a later request kept it alive"
+        );
         for over in 0..8 {
             // The lease computes its validity from this: see `LeaseTiming::valid_until`.
             let left = session.left(SECOND * (100 + over));
-            assert!(SECOND * over + (left - left / 100) <= SECOND * 8 - SECOND * 8 / 100, "{over}");
+            assert!(
+                SECOND * over + (left - left / 100) <= SECOND * 8 - SECOND * 8 / 100,
+                "{over}"
+            );
         }
         assert_eq!(session.left(SECOND * 108), Duration::ZERO);
         session.record_keep_alive(SECOND * 104);
         session.record_keep_alive(SECOND * 101);
-        assert_eq!(session.left(SECOND * 104), SECOND * 8, "an earlier request has no effect");
+        assert_eq!(
+            session.left(SECOND * 104),
+            SECOND * 8,
+            "an earlier request has no effect"
+        );
     }
 
     #[test]
     fn renew_within_recent_check_sends_no_request() {
-        let (session, one, other) = (Session::new(1, SECOND * 8, SECOND * 100), grant("one", 1), grant("other", 2));
+        let (session, one, other) = (
+            Session::new(1, SECOND * 8, SECOND * 100),
+            grant("one", 1),
+            grant("other", 2),
+        );
         add(&session, &one, SECOND * 100);
         add(&session, &other, SECOND * 100);
         let later = SECOND * 100 + MAX_RECENT;
@@ -354,12 +463,25 @@ mod tests {
             session.can_begin(SECOND * 101) && !session.can_begin(SECOND * 102),
             "three quarters of the TTL must be left"
         );
-        assert!(!session.covers(&grant("one", 3), soon), "another grant has the key");
+        assert!(
+            !session.covers(&grant("one", 3), soon),
+            "another grant has the key"
+        );
         session.record_keep_alive(later);
-        assert!(!session.covers(&one, later), "the key was not found recently");
-        let names: Vec<_> = session.keys_to_check(&one, later).into_iter().map(|(name, _)| name).collect();
+        assert!(
+            !session.covers(&one, later),
+            "the key was not found recently"
+        );
+        let names: Vec<_> = session
+            .keys_to_check(&one, later)
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
         assert_eq!(names, [one.name().clone(), other.name().clone()]);
-        let found = [(one.name().clone(), one.token(), true), (other.name().clone(), other.token(), false)];
+        let found = [
+            (one.name().clone(), one.token(), true),
+            (other.name().clone(), other.token(), false),
+        ];
         session.record_check(found.into_iter(), later, later);
         assert!(session.covers(&one, later) && !session.covers(&other, later));
         session.remove(&one);
@@ -368,19 +490,43 @@ mod tests {
 
     #[test]
     fn orphaned_or_unrenewed_grant_is_deleted_after_ttl() {
-        let (session, renewed, hung) = (Session::new(1, SECOND * 8, now()), grant("renewed", 1), grant("hung", 2));
+        let (session, renewed, hung) = (
+            Session::new(1, SECOND * 8, now()),
+            grant("renewed", 1),
+            grant("hung", 2),
+        );
         let began = now();
         add(&session, &renewed, began);
         add(&session, &hung, began);
-        session.record_orphan(grant("lost", 3).name(), grant("lost", 3).claim(), OrphanCause::Indeterminate, began);
+        session.record_orphan(
+            grant("lost", 3).name(),
+            grant("lost", 3).claim(),
+            OrphanCause::Indeterminate,
+            began,
+        );
         assert!(session.due_for_deletion(began + SECOND * 7).is_empty());
         session.covers(&renewed, began + SECOND * 8);
         let deleted = session.due_for_deletion(began + SECOND * 9);
-        let mut deleted: Vec<_> = deleted.iter().map(|(name, _, cause)| (name.as_str(), *cause)).collect();
+        let mut deleted: Vec<_> = deleted
+            .iter()
+            .map(|(name, _, cause)| (name.as_str(), *cause))
+            .collect();
         deleted.sort_by_key(|(name, _)| *name);
-        assert_eq!(deleted, [("hung", OrphanCause::NotRenewed), ("lost", OrphanCause::Indeterminate)]);
-        assert_eq!(session.orphan_cause(Some(*hung.claim())), Some(OrphanCause::NotRenewed));
-        assert!(session.due_for_deletion(began + SECOND * 16).is_empty(), "the next deletion is due after a TTL");
+        assert_eq!(
+            deleted,
+            [
+                ("hung", OrphanCause::NotRenewed),
+                ("lost", OrphanCause::Indeterminate)
+            ]
+        );
+        assert_eq!(
+            session.orphan_cause(Some(*hung.claim())),
+            Some(OrphanCause::NotRenewed)
+        );
+        assert!(
+            session.due_for_deletion(began + SECOND * 16).is_empty(),
+            "the next deletion is due after a TTL"
+        );
         assert_eq!(session.due_for_deletion(began + SECOND * 18).len(), 3);
     }
 
@@ -390,29 +536,57 @@ mod tests {
         let (began, claim) = (now(), lease.claim());
         session.record_orphan(lease.name(), claim, OrphanCause::Indeterminate, began);
         add(&session, &lease, began);
-        assert_eq!(session.orphan_cause(Some(*claim)), None, "a later request was granted");
+        assert_eq!(
+            session.orphan_cause(Some(*claim)),
+            None,
+            "a later request was granted"
+        );
         session.covers(&lease, began + SECOND * 8);
         assert!(session.due_for_deletion(began + SECOND * 9).is_empty());
         session.remove(&lease);
         // The first request may be applied only now.
-        assert_eq!(session.orphan_cause(Some(*claim)), Some(OrphanCause::Indeterminate));
+        assert_eq!(
+            session.orphan_cause(Some(*claim)),
+            Some(OrphanCause::Indeterminate)
+        );
         assert_eq!(
             session.due_for_deletion(began + SECOND * 10),
             [(lease.name().clone(), *claim, OrphanCause::Indeterminate)]
         );
-        assert!(session.due_for_deletion(began + SECOND * 24).is_empty(), "an orphan is forgotten after three TTLs");
+        assert!(
+            session.due_for_deletion(began + SECOND * 24).is_empty(),
+            "an orphan is forgotten after three TTLs"
+        );
     }
 
     #[test]
     fn pending_claim_is_neither_orphan_nor_deleted() {
-        let (session, lease) = (Arc::new(Session::new(1, SECOND * 8, now())), grant("one", 1));
+        let (session, lease) = (
+            Arc::new(Session::new(1, SECOND * 8, now())),
+            grant("one", 1),
+        );
         let began = now();
-        session.record_orphan(lease.name(), lease.claim(), OrphanCause::Indeterminate, began);
+        session.record_orphan(
+            lease.name(),
+            lease.claim(),
+            OrphanCause::Indeterminate,
+            began,
+        );
         let pending = session.begin_request(lease.claim(), began + SECOND * 7);
-        assert_eq!(session.orphan_cause(Some(*lease.claim())), None, "the claim is being requested");
-        assert!(session.is_indeterminate(Some(*lease.claim())), "no later request was granted");
+        assert_eq!(
+            session.orphan_cause(Some(*lease.claim())),
+            None,
+            "the claim is being requested"
+        );
+        assert!(
+            session.is_indeterminate(Some(*lease.claim())),
+            "no later request was granted"
+        );
         drop(pending);
-        assert_eq!(session.orphan_cause(Some(*lease.claim())), Some(OrphanCause::Indeterminate));
+        assert_eq!(
+            session.orphan_cause(Some(*lease.claim())),
+            Some(OrphanCause::Indeterminate)
+        );
         assert!(session.due_for_deletion(began + SECOND * 9).is_empty());
         assert_eq!(session.due_for_deletion(began + SECOND * 16).len(), 1);
     }
@@ -421,9 +595,18 @@ mod tests {
     fn claim_has_one_orphan_cause() {
         let (session, lease) = (Session::new(1, SECOND * 8, now()), grant("one", 1));
         let began = now();
-        session.record_orphan(lease.name(), lease.claim(), OrphanCause::Indeterminate, began);
+        session.record_orphan(
+            lease.name(),
+            lease.claim(),
+            OrphanCause::Indeterminate,
+            began,
+        );
         add(&session, &lease, began);
-        let not_renewed = [(lease.name().clone(), *lease.claim(), OrphanCause::NotRenewed)];
+        let not_renewed = [(
+            lease.name().clone(),
+            *lease.claim(),
+            OrphanCause::NotRenewed,
+        )];
         assert_eq!(session.due_for_deletion(began + SECOND * 9), not_renewed);
         assert_eq!(
             session.due_for_deletion(began + SECOND * 26),
@@ -434,7 +617,11 @@ mod tests {
 
     #[test]
     fn late_answer_keeps_later_acquisition() {
-        let (session, early, late) = (Session::new(1, SECOND * 8, SECOND), grant("one", 1), grant("one", 2));
+        let (session, early, late) = (
+            Session::new(1, SECOND * 8, SECOND),
+            grant("one", 1),
+            grant("one", 2),
+        );
         add(&session, &late, SECOND);
         add(&session, &early, SECOND);
         session.remove(&early);
@@ -447,6 +634,9 @@ mod tests {
         for token in 1..=1000 {
             add(&session, &grant(&token.to_string(), token), SECOND);
         }
-        assert_eq!(session.keys_to_check(&grant("7", 7), SECOND * 3).len(), MAX_KEYS_PER_REQUEST);
+        assert_eq!(
+            session.keys_to_check(&grant("7", 7), SECOND * 3).len(),
+            MAX_KEYS_PER_REQUEST
+        );
     }
 }

@@ -33,7 +33,9 @@ type SessionSlot = Mutex<Option<Arc<Session>>>;
 
 /// Returns the session of a grant.
 pub(super) fn session_of(grant: &Grant) -> Result<&Arc<Session>> {
-    grant.handle().ok_or_else(|| StoreError::permanent("cannot use the grant: it belongs to another store"))
+    grant
+        .handle()
+        .ok_or_else(|| StoreError::permanent("cannot use the grant: it belongs to another store"))
 }
 
 impl ProcessState {
@@ -41,16 +43,32 @@ impl ProcessState {
         let client = Arc::new(Client::new(config));
         let keys = Keys::new(&config.prefix);
         let (listen_client, prefix) = (client.clone(), keys.held.clone());
-        let listen = move |by| Ok(Box::new(EtcdListener::open(&listen_client, &prefix, by)?) as Box<dyn Listener>);
+        let listen = move |by| {
+            Ok(Box::new(EtcdListener::open(&listen_client, &prefix, by)?) as Box<dyn Listener>)
+        };
         let subscriptions = Subscriptions::new(listen);
-        Self { client, keys, sessions: Mutex::default(), subscriptions }
+        Self {
+            client,
+            keys,
+            sessions: Mutex::default(),
+            subscriptions,
+        }
     }
 
     /// Runs one transaction: `then` if all comparisons hold, `otherwise` if not.
-    pub(super) fn transact(&self, compare: Value, then: Value, otherwise: Value, by: Deadline) -> Result<Answer> {
+    pub(super) fn transact(
+        &self,
+        compare: Value,
+        then: Value,
+        otherwise: Value,
+        by: Deadline,
+    ) -> Result<Answer> {
         let body = json!({ "compare": compare, "success": then, "failure": otherwise });
         let (body, is_indeterminate) = self.client.send_observed("/v3/kv/txn", &body, by)?;
-        Ok(Answer { body, is_indeterminate })
+        Ok(Answer {
+            body,
+            is_indeterminate,
+        })
     }
 
     /// Returns the comparison of a `held` key's revision, and of its claim if one is given.
@@ -69,8 +87,9 @@ impl ProcessState {
         ])
     }
 
-    /// Returns the record as it was before the claim's indeterminate request at that revision, and before other
-    /// indeterminate requests of this process. If etcd has compacted the revision, the record is empty.
+    /// Returns the record as it was before the claim's indeterminate request at that revision, and
+    /// before other indeterminate requests of this process. If etcd has compacted the revision, the
+    /// record is empty.
     pub(super) fn record_before(
         &self,
         name: &LeaseName,
@@ -104,7 +123,13 @@ impl ProcessState {
         by: Deadline,
     ) -> Result<Result<(), NotFreed>> {
         let session = session_of(grant)?;
-        let freed = self.free(grant.name(), Some(*grant.claim()), grant.token(), record, by);
+        let freed = self.free(
+            grant.name(),
+            Some(*grant.claim()),
+            grant.token(),
+            record,
+            by,
+        );
         match freed {
             Ok(_) => {
                 step("record freed");
@@ -115,8 +140,8 @@ impl ProcessState {
         freed
     }
 
-    /// Deletes the `held` key of that revision and claim, and writes the record if one is given. Returns what it found
-    /// as `Err` if the key has another revision or claim.
+    /// Deletes the `held` key of that revision and claim, and writes the record if one is given.
+    /// Returns what it found as `Err` if the key has another revision or claim.
     pub(super) fn free(
         &self,
         name: &LeaseName,
@@ -127,10 +152,22 @@ impl ProcessState {
     ) -> Result<Result<(), NotFreed>> {
         let record_key = self.keys.record(name);
         let mut then = vec![json!({ "request_delete_range": { "key": self.keys.held(name) } })];
-        then.extend(record.map(|text| json!({ "request_put": { "key": record_key, "value": encode(text) } })));
+        then.extend(
+            record
+                .map(|text| json!({ "request_put": { "key": record_key, "value": encode(text) } })),
+        );
         let otherwise = json!([{ "request_range": { "key": record_key } }]);
-        let answer = self.transact(self.is_held(name, revision, claim), then.into(), otherwise, by)?;
-        Ok(if answer.is_done() { Ok(()) } else { Err(NotFreed::of(&answer)) })
+        let answer = self.transact(
+            self.is_held(name, revision, claim),
+            then.into(),
+            otherwise,
+            by,
+        )?;
+        Ok(if answer.is_done() {
+            Ok(())
+        } else {
+            Err(NotFreed::of(&answer))
+        })
     }
 
     pub(super) fn get(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>> {
@@ -139,14 +176,21 @@ impl ProcessState {
         Ok((!held.is_null()).then(|| snapshot(held, answer.read(1))))
     }
 
-    /// Returns the session for leases of this TTL. Either enough of the session is left, or a request has just kept it
-    /// alive. In the second case the next request shows whether that counts.
-    pub(super) fn session(&self, ttl: Duration, by: Deadline) -> Result<(Arc<Session>, Option<KeepAlive>)> {
+    /// Returns the session for leases of this TTL. Either enough of the session is left, or a
+    /// request has just kept it alive. In the second case the next request shows whether that
+    /// counts.
+    pub(super) fn session(
+        &self,
+        ttl: Duration,
+        by: Deadline,
+    ) -> Result<(Arc<Session>, Option<KeepAlive>)> {
         let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
         let slot = self.sessions.lock().entry(seconds).or_default().clone();
         let slot = slot.try_lock_until(by.moment());
         let mut slot = slot.ok_or_else(|| {
-            StoreError::not_applied("cannot use a session: another thread of this process is still creating it")
+            StoreError::not_applied(
+                "cannot use a session: another thread of this process is still creating it",
+            )
         })?;
         if let Some(session) = &*slot {
             if session.can_begin(now()) {
@@ -157,11 +201,17 @@ impl ProcessState {
             }
         }
         let sent = now();
-        let answer = self.client.send("/v3/lease/grant", &json!({ "TTL": seconds.to_string() }), by)?;
+        let answer = self.client.send(
+            "/v3/lease/grant",
+            &json!({ "TTL": seconds.to_string() }),
+            by,
+        )?;
         step("session created");
         let id = number(&answer["ID"]);
         if id == 0 {
-            return Err(StoreError::not_applied("cannot create a session: etcd returned no id"));
+            return Err(StoreError::not_applied(
+                "cannot create a session: etcd returned no id",
+            ));
         }
         let session = Arc::new(Session::new(id, Duration::from_secs(seconds), sent));
         *slot = Some(session.clone());
@@ -171,21 +221,32 @@ impl ProcessState {
     /// Keeps a session alive for another TTL. Returns `None` if the session is gone.
     pub(super) fn keep_alive(&self, session: &Session, by: Deadline) -> Result<Option<KeepAlive>> {
         let sent = now();
-        let answer = self.client.send("/v3/lease/keepalive", &json!({ "ID": session.id.to_string() }), by)?;
+        let answer = self.client.send(
+            "/v3/lease/keepalive",
+            &json!({ "ID": session.id.to_string() }),
+            by,
+        )?;
         step("session kept alive");
         let is_there = number(&answer["TTL"]) > 0;
         if is_there {
             self.delete_orphans(session, sent, number(&answer["header"]["revision"]), by);
         }
-        Ok(is_there.then(|| KeepAlive { sent, term: number(&answer["header"]["raft_term"]) }))
+        Ok(is_there.then(|| KeepAlive {
+            sent,
+            term: number(&answer["header"]["raft_term"]),
+        }))
     }
 
-    /// Deletes the orphaned keys of a session that were written at or before this revision. A deletion may be applied
-    /// late, after the claim was requested once more and granted. That grant has a greater revision, because a claim
-    /// that is being requested is not deleted. A failed deletion is retried later.
+    /// Deletes the orphaned keys of a session that were written at or before this revision. A
+    /// deletion may be applied late, after the claim was requested once more and granted. That
+    /// grant has a greater revision, because a claim that is being requested is not deleted. A
+    /// failed deletion is retried later.
     fn delete_orphans(&self, session: &Session, now: Duration, revision: u64, by: Deadline) {
         for (name, claim, cause) in session.due_for_deletion(now) {
-            if self.delete_orphan(&name, claim, cause, session, revision, by).is_err() {
+            if self
+                .delete_orphan(&name, claim, cause, session, revision, by)
+                .is_err()
+            {
                 return;
             }
         }
@@ -202,15 +263,23 @@ impl ProcessState {
     ) -> Result<()> {
         let free = Record::text(FREE, &claim, "");
         if cause == OrphanCause::Indeterminate {
-            let held = self.get(name, by)?.filter(|held| held.claim() == Some(claim) && held.revision() <= revision);
+            let held = self
+                .get(name, by)?
+                .filter(|held| held.claim() == Some(claim) && held.revision() <= revision);
             let Some(held) = held else { return Ok(()) };
             let before = self.record_before(name, held.revision(), Some(claim), session, by)?;
             // The next grant must report the earlier holder that did not release.
             let record = match &*before.state {
-                HELD => Record::text(HELD, &claim, &before.owner.as_ref().map(format_owner).unwrap_or_default()),
+                HELD => Record::text(
+                    HELD,
+                    &claim,
+                    &before.owner.as_ref().map(format_owner).unwrap_or_default(),
+                ),
                 _ => free,
             };
-            return self.free(name, Some(claim), held.revision(), Some(&record), by).map(drop);
+            return self
+                .free(name, Some(claim), held.revision(), Some(&record), by)
+                .map(drop);
         }
         let key = self.keys.held(name);
         let is_old = json!({
@@ -218,9 +287,17 @@ impl ProcessState {
         });
         let mut then = vec![json!({ "request_delete_range": { "key": key } })];
         if cause == OrphanCause::Released {
-            then.push(json!({ "request_put": { "key": self.keys.record(name), "value": encode(free) } }));
+            then.push(
+                json!({ "request_put": { "key": self.keys.record(name), "value": encode(free) } }),
+            );
         }
-        self.transact(json!([is_of(&key, claim), is_old]), then.into(), json!([]), by).map(drop)
+        self.transact(
+            json!([is_of(&key, claim), is_old]),
+            then.into(),
+            json!([]),
+            by,
+        )
+        .map(drop)
     }
 
     /// Forgets the session, so that the next lease of this TTL uses another.

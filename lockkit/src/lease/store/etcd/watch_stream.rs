@@ -17,7 +17,11 @@ pub(super) struct WatchStream {
 impl WatchStream {
     /// Returns the answers on this connection, whose endpoint has begun to answer.
     pub(super) fn new(connection: Connection, endpoint: String) -> Self {
-        Self { connection, buffer: Vec::new(), endpoint }
+        Self {
+            connection,
+            buffer: Vec::new(),
+            endpoint,
+        }
     }
 
     /// Returns the endpoint that sends the answers.
@@ -51,7 +55,9 @@ impl WatchStream {
                 }
                 Err(error) if error.kind() == ErrorKind::TimedOut => return Ok(None),
                 Err(error) => {
-                    return Err(StoreError::not_applied(format!("cannot watch the leases at {endpoint}: {error}")));
+                    return Err(StoreError::not_applied(format!(
+                        "cannot watch the leases at {endpoint}: {error}"
+                    )));
                 }
             }
         }

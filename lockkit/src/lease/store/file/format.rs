@@ -15,19 +15,20 @@
 //! start 181264
 //! ...
 //! ```
-//! Every field down to the notes has a fixed position, and newlines fill the record to a fixed length. A renewal
-//! changes a few digits in place and needs no new space, except where a file system writes each change elsewhere
-//! (btrfs, zfs). The four `saw` lines are the notes of observers. The rest is the owner ([`owner_text`]), or the last
-//! owner if the state is `free`, or `lost` (free, but not by a release). Content beyond that length does not count.
+//! Every field down to the notes has a fixed position, and newlines fill the record to a fixed
+//! length. A renewal changes a few digits in place and needs no new space, except where a file
+//! system writes each change elsewhere (btrfs, zfs). The four `saw` lines are the notes of
+//! observers. The rest is the owner ([`owner_text`]), or the last owner if the state is `free`, or
+//! `lost` (free, but not by a release). Content beyond that length does not count.
 //!
-//! The sum is FNV-1a over the record as 64-bit words, little-endian, without the sum itself and without the notes. It
-//! guards against partial writes and accidents, not against forgery.
+//! The sum is FNV-1a over the record as 64-bit words, little-endian, without the sum itself and
+//! without the notes. It guards against partial writes and accidents, not against forgery.
 //!
-//! A note contains the id of a clock, and the time in nanoseconds at which an observer first saw a heartbeat number,
-//! the field `beat`. Observers write notes without a lock, so a note can meet a later heartbeat number or another note.
-//! Each note therefore has a checksum of its own. It covers the clock and the time, and starts from the
-//! [`fingerprint`](Record::fingerprint) of the record. A note that is torn, or is about another heartbeat number, does
-//! not count.
+//! A note contains the id of a clock, and the time in nanoseconds at which an observer first saw a
+//! heartbeat number, the field `beat`. Observers write notes without a lock, so a note can meet a
+//! later heartbeat number or another note. Each note therefore has a checksum of its own. It covers
+//! the clock and the time, and starts from the [`fingerprint`](Record::fingerprint) of the record.
+//! A note that is torn, or is about another heartbeat number, does not count.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -58,7 +59,8 @@ const FREE: &[u8; 4] = b"free";
 const LOST: &[u8; 4] = b"lost";
 
 /// A note that no observer has written.
-const NOTE: &[u8; 79] = b"saw     00000000000000000000000000000000 00000000000000000000 0000000000000000\n";
+const NOTE: &[u8; 79] =
+    b"saw     00000000000000000000000000000000 00000000000000000000 0000000000000000\n";
 /// The first bytes of every note.
 const SAW: Range<usize> = 0..8;
 /// The position of the clock in a note.
@@ -89,15 +91,16 @@ pub(in crate::lease) enum Content {
     Ours(Box<Record>),
     /// A record of a later version, which lockkit must not change.
     Newer,
-    /// A blank file (empty, or zeros), or a truncated or damaged lease. It may be reclaimed when its holder has had the
-    /// time to repair it.
+    /// A blank file (empty, or zeros), or a truncated or damaged lease. It may be reclaimed when
+    /// its holder has had the time to repair it.
     Damaged,
     /// Any other file. It belongs to another program, and lockkit never writes to it.
     Foreign,
 }
 
-/// Classifies the content of a file by its first [`SIZE`] + 1 bytes, or all bytes of a shorter file. lockkit never
-/// writes more than [`SIZE`] bytes, so a longer file is a lease only if its record is intact.
+/// Classifies the content of a file by its first [`SIZE`] + 1 bytes, or all bytes of a shorter
+/// file. lockkit never writes more than [`SIZE`] bytes, so a longer file is a lease only if its
+/// record is intact.
 pub(in crate::lease) fn parse(bytes: &[u8]) -> Content {
     if let Some(bytes) = bytes.first_chunk::<SIZE>() {
         if bytes.starts_with(MAGIC) {
@@ -115,23 +118,36 @@ pub(in crate::lease) fn parse(bytes: &[u8]) -> Content {
 }
 
 fn is_newer(bytes: &[u8]) -> bool {
-    let Some(version) = bytes.strip_prefix(FAMILY) else { return false };
-    let digits = version.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let Some(version) = bytes.strip_prefix(FAMILY) else {
+        return false;
+    };
+    let digits = version
+        .iter()
+        .take_while(|byte| byte.is_ascii_digit())
+        .count();
     let newer = version[..digits] != *b"1" && version.first().is_some_and(|byte| *byte != b'0');
     newer && (1..=9).contains(&digits) && version.get(digits) == Some(&b'\n')
 }
 
-/// Returns whether the content begins with [`MAGIC`], or is the beginning of [`MAGIC`] followed by zeros. Notes do not
-/// count: an observer can write its note just after another program truncated the file.
+/// Returns whether the content begins with [`MAGIC`], or is the beginning of [`MAGIC`] followed by
+/// zeros. Notes do not count: an observer can write its note just after another program truncated
+/// the file.
 fn is_damaged(bytes: &[u8]) -> bool {
     if bytes.starts_with(MAGIC) {
         return true;
     }
-    let notes = bytes.get(NOTES.start..bytes.len().min(NOTES.end)).unwrap_or_default();
-    let are_notes =
-        notes.chunks(NOTE.len()).all(|note| note.starts_with(&NOTE[SAW]) || note.iter().all(|byte| *byte == 0));
+    let notes = bytes
+        .get(NOTES.start..bytes.len().min(NOTES.end))
+        .unwrap_or_default();
+    let are_notes = notes
+        .chunks(NOTE.len())
+        .all(|note| note.starts_with(&NOTE[SAW]) || note.iter().all(|byte| *byte == 0));
     let is_text = |(at, byte): (usize, &u8)| *byte != 0 && !NOTES.contains(&at);
-    let end = bytes.iter().enumerate().rposition(is_text).map_or(0, |last| last + 1);
+    let end = bytes
+        .iter()
+        .enumerate()
+        .rposition(is_text)
+        .map_or(0, |last| last + 1);
     are_notes && MAGIC.starts_with(&bytes[..end])
 }
 
@@ -183,7 +199,10 @@ impl Record {
         owner_text::write(owner, &mut text);
         // Only text for people is cut off, because the program and the time come last.
         let end = text.len().min(OWNER.len());
-        let end = text.as_bytes()[..end].iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+        let end = text.as_bytes()[..end]
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |last| last + 1);
         self.0[OWNER.start..][..end].copy_from_slice(&text.as_bytes()[..end]);
     }
 
@@ -243,20 +262,26 @@ impl Record {
 
     /// Returns when an observer first saw this heartbeat number by this clock, if a note says so.
     pub(in crate::lease) fn first_seen(&self, clock: u128) -> Option<Duration> {
-        let is_of_clock =
-            |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) && self.is_of_this_heartbeat(note);
+        let is_of_clock = |note: &Range<usize>| {
+            self.hex(within(note, CLOCK)) == Some(clock) && self.is_of_this_heartbeat(note)
+        };
         let note = self.notes().find(is_of_clock)?;
         self.number(within(&note, TIME)).map(Duration::from_nanos)
     }
 
-    /// Returns a note that an observer first saw this heartbeat number at `now` on this clock, and its offset in the
-    /// file. It replaces a note of the same clock, or a note that does not count. If all notes are of other clocks it
-    /// replaces one of them, and that observer starts again.
+    /// Returns a note that an observer first saw this heartbeat number at `now` on this clock, and
+    /// its offset in the file. It replaces a note of the same clock, or a note that does not count.
+    /// If all notes are of other clocks it replaces one of them, and that observer starts again.
     pub(in crate::lease) fn note(&self, clock: u128, now: Duration) -> (u64, [u8; NOTE.len()]) {
-        let is_usable =
-            |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) || !self.is_of_this_heartbeat(note);
-        let at =
-            self.notes().find(is_usable).map_or(NOTES.start + (clock % 4) as usize * NOTE.len(), |note| note.start);
+        let is_usable = |note: &Range<usize>| {
+            self.hex(within(note, CLOCK)) == Some(clock) || !self.is_of_this_heartbeat(note)
+        };
+        let at = self
+            .notes()
+            .find(is_usable)
+            .map_or(NOTES.start + (clock % 4) as usize * NOTE.len(), |note| {
+                note.start
+            });
         let mut note = *NOTE;
         note[CLOCK].copy_from_slice(&hex_digits::<32>(clock));
         write_number(&mut note[TIME], nanos(now));
@@ -274,7 +299,8 @@ impl Record {
         hex_digits(add_words(self.fingerprint(), &note[CLOCK.start..TIME.end]).into())
     }
 
-    /// Returns a hash that changes with the statement of the record, but not with the notes of observers.
+    /// Returns a hash that changes with the statement of the record, but not with the notes of
+    /// observers.
     pub(in crate::lease) fn fingerprint(&self) -> u64 {
         fingerprint(&self.0[STATE.start..BEAT.end])
     }
@@ -288,20 +314,29 @@ impl Record {
 
     fn sum(&self) -> [u8; SUM.end - SUM.start] {
         let sum = add_words(
-            add_words(add_words(fnv::BASIS, &self.0[..SUM.start]), &self.0[SUM.end..NOTES.start]),
+            add_words(
+                add_words(fnv::BASIS, &self.0[..SUM.start]),
+                &self.0[SUM.end..NOTES.start],
+            ),
             &self.0[NOTES.end..],
         );
         hex_digits(sum.into())
     }
 
     fn is_well_formed(&self) -> bool {
-        [HELD, FREE, LOST].iter().any(|state| self.0[STATE] == **state)
-            && [TOKEN, BEAT, TTL, EVERY].into_iter().all(|field| self.number(field).is_some())
+        [HELD, FREE, LOST]
+            .iter()
+            .any(|state| self.0[STATE] == **state)
+            && [TOKEN, BEAT, TTL, EVERY]
+                .into_iter()
+                .all(|field| self.number(field).is_some())
             && self.hex(CLAIM).is_some()
     }
 
     fn notes(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        NOTES.step_by(NOTE.len()).map(|start| start..start + NOTE.len())
+        NOTES
+            .step_by(NOTE.len())
+            .map(|start| start..start + NOTE.len())
     }
 
     fn clear_notes(&mut self) {
@@ -370,7 +405,10 @@ mod tests {
     const S: Duration = Duration::from_secs(1);
 
     fn me() -> Owner {
-        Owner { acquired: Some(SystemTime::now()), ..Owner::current() }
+        Owner {
+            acquired: Some(SystemTime::now()),
+            ..Owner::current()
+        }
     }
 
     fn record() -> Record {
@@ -411,7 +449,14 @@ mod tests {
         lost.set_lost();
         let lost = reread(&mut lost);
         assert!(!lost.is_held() && lost.is_lost() && lost.owner().is_some());
-        assert_eq!((freed.token(), freed.claim().number(), freed.owner().unwrap().pid()), (7, 0, std::process::id()));
+        assert_eq!(
+            (
+                freed.token(),
+                freed.claim().number(),
+                freed.owner().unwrap().pid()
+            ),
+            (7, 0, std::process::id())
+        );
     }
 
     /// Returns the record with this note in it.
@@ -430,33 +475,65 @@ mod tests {
         for clock in 1..=4 {
             noted_by_all = noted(&noted_by_all, clock, S * clock as u32);
         }
-        let Content::Ours(noted_by_all) = parse(&noted_by_all.0) else { panic!("notes are no part of the sum") };
+        let Content::Ours(noted_by_all) = parse(&noted_by_all.0) else {
+            panic!("notes are no part of the sum")
+        };
         assert_eq!(noted_by_all.fingerprint(), record.fingerprint());
         assert!((1..=4).all(|clock| noted_by_all.first_seen(clock) == Some(S * clock as u32)));
         let fifth = noted(&noted_by_all, 5, S * 5);
-        assert_eq!(fifth.first_seen(5), Some(S * 5), "the fifth note replaces another");
-        assert_eq!((1..=4).filter(|clock| fifth.first_seen(*clock).is_some()).count(), 3);
+        assert_eq!(
+            fifth.first_seen(5),
+            Some(S * 5),
+            "the fifth note replaces another"
+        );
+        assert_eq!(
+            (1..=4)
+                .filter(|clock| fifth.first_seen(*clock).is_some())
+                .count(),
+            3
+        );
         assert_eq!(noted(&noted_by_all, 3, S * 30).first_seen(3), Some(S * 30));
         // An observer writes its note just after the next heartbeat.
         let (at, note) = record.note(1, S);
         let mut next = record;
         next.set_heartbeat_number(43);
         next.0[at as usize..][..note.len()].copy_from_slice(&note);
-        assert_eq!(next.first_seen(1), None, "the note is about another heartbeat");
+        assert_eq!(
+            next.first_seen(1),
+            None,
+            "the note is about another heartbeat"
+        );
         let again = noted(&next, 2, S);
-        assert_eq!(again.note(3, S).0, at + note.len() as u64, "a note that does not count is replaced");
+        assert_eq!(
+            again.note(3, S).0,
+            at + note.len() as u64,
+            "a note that does not count is replaced"
+        );
     }
 
     #[test]
     fn parse_classifies_newer_damaged_and_foreign_content() {
         let whole = *record().seal();
         for newer in ["lockkit lease 2\n", "lockkit lease 10\nflavour sour\n"] {
-            assert!(matches!(parse(newer.as_bytes()), Content::Newer), "{newer:?}");
+            assert!(
+                matches!(parse(newer.as_bytes()), Content::Newer),
+                "{newer:?}"
+            );
         }
         let zeros = [0; SIZE + 1];
-        let damaged =
-            ["", "l", "lockkit lease ", "lockkit lease 1\n", "lockkit lease 1\nsum", "lock\0\0"].map(str::as_bytes);
-        for damaged in damaged.into_iter().chain([&zeros[..1], &zeros[..SIZE], &whole[..SIZE - 1]]) {
+        let damaged = [
+            "",
+            "l",
+            "lockkit lease ",
+            "lockkit lease 1\n",
+            "lockkit lease 1\nsum",
+            "lock\0\0",
+        ]
+        .map(str::as_bytes);
+        for damaged in damaged
+            .into_iter()
+            .chain([&zeros[..1], &zeros[..SIZE], &whole[..SIZE - 1]])
+        {
             assert!(matches!(parse(damaged), Content::Damaged), "{damaged:?}");
         }
         let foreign = [

@@ -13,7 +13,8 @@ use crate::sys::fork::ForkGuarded;
 /// The purpose of an open.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// To hold the lease. The file must not belong to another user, because that user could take it back at any time.
+    /// To hold the lease. The file must not belong to another user, because that user could take it
+    /// back at any time.
     Hold,
     /// To free the lease, which root may do for any user.
     Free,
@@ -23,20 +24,28 @@ impl FileStore {
     /// Opens the file that the path names, if there is one.
     pub(super) fn open(&self) -> Result<Option<ForkGuarded<File>>> {
         self.check_path()?;
-        // Non-blocking, so that a FIFO does not block the call; and a terminal must not become this process's own.
+        // Non-blocking, so that a FIFO does not block the call; and a terminal must not become this
+        // process's own.
         let mut options = OpenOptions::new();
-        options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
         match ForkGuarded::new(|| files::open(&options, &self.spec.path)) {
             Err(error) if error.kind() == Io::NotFound => Ok(None),
             Err(error) if files::is_symlink_refused(&error) => Err(self.link_error()),
-            opened => opened.map(Some).map_err(|error| self.io_error("open", error)),
+            opened => opened
+                .map(Some)
+                .map_err(|error| self.io_error("open", error)),
         }
     }
 
     pub(super) fn open_for_reading(&self) -> Result<Option<File>> {
         self.check_path()?;
         let mut options = OpenOptions::new();
-        options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
+        options
+            .read(true)
+            .custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
         match files::open(&options, &self.spec.path) {
             Err(error) if error.kind() == Io::NotFound => Ok(None),
             Err(error) if files::is_symlink_refused(&error) => Err(self.link_error()),
@@ -49,7 +58,8 @@ impl FileStore {
         }
     }
 
-    /// Checks the type of the file before the first open, because opening a device can have side effects.
+    /// Checks the type of the file before the first open, because opening a device can have side
+    /// effects.
     fn check_path(&self) -> Result<()> {
         if self.device.load(Ordering::Relaxed) != 0 {
             return Ok(());
@@ -63,16 +73,21 @@ impl FileStore {
     /// Returns the metadata of the file, if the file may be written to.
     pub(super) fn check_writable(&self, file: &File, purpose: Purpose) -> Result<Metadata> {
         let metadata = self.check(file)?;
-        // A lease is shared if both its file and this caller's mode let the same class of users write.
-        let is_shared = files::group_other_write_bits(&metadata) & self.spec.file_mode.unwrap_or_default() != 0;
+        // A lease is shared if both its file and this caller's mode let the same class of users
+        // write.
+        let is_shared =
+            files::group_other_write_bits(&metadata) & self.spec.file_mode.unwrap_or_default() != 0;
         let may_free = || purpose == Purpose::Free && runtime_dir::effective_uid() == 0;
-        if metadata.uid() != 0 && !is_shared && !runtime_dir::is_own(file, &metadata) && !may_free() {
+        if metadata.uid() != 0 && !is_shared && !runtime_dir::is_own(file, &metadata) && !may_free()
+        {
             let lock = format!("the lease {}", self.spec.path.display());
-            return Err(StoreError::permanent(Error::from(ErrorKind::ForeignOwner {
-                lock,
-                uid: metadata.uid(),
-                pid: None,
-            })));
+            return Err(StoreError::permanent(Error::from(
+                ErrorKind::ForeignOwner {
+                    lock,
+                    uid: metadata.uid(),
+                    pid: None,
+                },
+            )));
         }
         self.record_file_system(file, &metadata);
         Ok(metadata)
@@ -107,7 +122,8 @@ impl FileStore {
         }
     }
 
-    /// Records the file system of the file. For a new file system, checks whether it is this machine's own.
+    /// Records the file system of the file. For a new file system, checks whether it is this
+    /// machine's own.
     pub(super) fn record_file_system(&self, file: &File, metadata: &Metadata) {
         if self.device.load(Ordering::Relaxed) != metadata.dev() {
             self.is_remote.store(!is_local(file), Ordering::Relaxed);
@@ -119,8 +135,8 @@ impl FileStore {
 /// Returns whether the file is on a file system of this machine. An unknown file system is not.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn is_local(file: &File) -> bool {
-    /// tmpfs, ramfs, ext2 to 4, xfs, btrfs, overlayfs, zfs, f2fs, bcachefs, jfs, fat, exfat: the numbers of
-    /// [statfs(2)].
+    /// tmpfs, ramfs, ext2 to 4, xfs, btrfs, overlayfs, zfs, f2fs, bcachefs, jfs, fat, exfat: the
+    /// numbers of [statfs(2)].
     ///
     /// [statfs(2)]: https://man7.org/linux/man-pages/man2/statfs.2.html
     const LOCAL: [u64; 12] = [
@@ -138,7 +154,8 @@ pub(super) fn is_local(file: &File) -> bool {
         0x2011_bab0,
     ];
     // The type of `f_type` differs between systems, and its sign.
-    rustix::fs::fstatfs(file).is_ok_and(|found| LOCAL.contains(&(found.f_type as u64 & 0xffff_ffff)))
+    rustix::fs::fstatfs(file)
+        .is_ok_and(|found| LOCAL.contains(&(found.f_type as u64 & 0xffff_ffff)))
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]

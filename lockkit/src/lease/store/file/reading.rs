@@ -19,13 +19,16 @@ pub(super) struct Reading {
 
 impl Reading {
     pub(super) fn of(bytes: Vec<u8>) -> Self {
-        Self { content: format::parse(&bytes), bytes }
+        Self {
+            content: format::parse(&bytes),
+            bytes,
+        }
     }
 }
 
 impl FileStore {
-    /// Reads the file without a lock. Another process may be writing, so content that is not a complete record is read
-    /// again until two readings are equal.
+    /// Reads the file without a lock. Another process may be writing, so content that is not a
+    /// complete record is read again until two readings are equal.
     pub(super) fn read_unlocked(&self, file: &File) -> Result<Reading> {
         let mut reading = self.read(file)?;
         for _ in 0..MAX_UNLOCKED_READS {
@@ -41,7 +44,9 @@ impl FileStore {
     }
 
     pub(super) fn read(&self, file: &File) -> Result<Reading> {
-        read_bytes(file).map(Reading::of).map_err(|error| self.io_error("read", error))
+        read_bytes(file)
+            .map(Reading::of)
+            .map_err(|error| self.io_error("read", error))
     }
 }
 
@@ -49,7 +54,8 @@ impl FileStore {
 pub(super) fn read_bytes(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; SIZE + 1];
     let mut filled = 0;
-    // The buffer is longer than a record, so a read that returns exactly a record has reached the end of the file.
+    // The buffer is longer than a record, so a read that returns exactly a record has reached the
+    // end of the file.
     while filled < SIZE {
         match file.read_at(&mut bytes[filled..], filled as u64) {
             Ok(0) => break,

@@ -16,8 +16,8 @@ use crate::base::error::StoreError;
 use crate::base::owner::Liveness;
 use crate::lease::options::MIN_TTL;
 use crate::lease::store::lease_store::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal,
-    StoreProfile, sleep,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released,
+    Renewal, StoreProfile, sleep,
 };
 use crate::sys::event;
 use crate::sys::failpoint::step;
@@ -26,14 +26,14 @@ use crate::sys::files::FileExt;
 use crate::sys::fork::ForkGuarded;
 use crate::sys::inotify;
 
-/// How long a renewal tries to get the flock. A step lasts some microseconds, so a process that has the flock for
-/// longer is not running. Other leases must be renewed, too.
+/// How long a renewal tries to get the flock. A step lasts some microseconds, so a process that has
+/// the flock for longer is not running. Other leases must be renewed, too.
 const RENEWAL_FLOCK_TIMEOUT: Duration = Duration::from_millis(20);
-/// How long an attempt to acquire tries to get the flock. Another process is in its step, so the lease is truly held.
-/// The waiter must check its time limit and its cancellation.
+/// How long an attempt to acquire tries to get the flock. Another process is in its step, so the
+/// lease is truly held. The waiter must check its time limit and its cancellation.
 const ACQUISITION_FLOCK_TIMEOUT: Duration = Duration::from_millis(4);
-/// How often a waiter checks that the owner is alive, if it can look the owner up. Nothing wakes a waiter when the
-/// owner dies.
+/// How often a waiter checks that the owner is alive, if it can look the owner up. Nothing wakes a
+/// waiter when the owner dies.
 const OWNER_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 impl LeaseStore for FileStore {
@@ -50,7 +50,13 @@ impl LeaseStore for FileStore {
         }
     }
 
-    fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, by: Deadline) -> Result<Attempt> {
+    fn try_acquire(
+        &self,
+        name: &LeaseName,
+        claim: &ClaimId,
+        ttl: Duration,
+        by: Deadline,
+    ) -> Result<Attempt> {
         let granted = |token| new_grant(name, claim, token, ttl);
         for _ in 0..MAX_REPLACEMENTS {
             let Some(file) = self.open()? else {
@@ -67,7 +73,9 @@ impl LeaseStore for FileStore {
                 self.leave_note(file, &verdict);
                 return Ok(Attempt::Busy(snapshot.clone()));
             }
-            let Some(locked) = self.flock(file, by.min(Deadline::after(ACQUISITION_FLOCK_TIMEOUT)))? else {
+            let Some(locked) =
+                self.flock(file, by.min(Deadline::after(ACQUISITION_FLOCK_TIMEOUT)))?
+            else {
                 // Another writer is in its step.
                 return Ok(Attempt::Busy(match verdict {
                     Verdict::Held(snapshot, _) => snapshot,
@@ -85,7 +93,9 @@ impl LeaseStore for FileStore {
             if let Some(snapshot) = verdict.blocks(claim) {
                 return Ok(Attempt::Busy(snapshot.clone()));
             }
-            return self.take(&locked, &reading.bytes, verdict, claim, ttl, granted).map(Attempt::Granted);
+            return self
+                .take(&locked, &reading.bytes, verdict, claim, ttl, granted)
+                .map(Attempt::Granted);
         }
         Err(self.replaced_error())
     }
@@ -93,23 +103,28 @@ impl LeaseStore for FileStore {
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
         let extended = Renewal::Extended { ttl: grant.ttl() };
         for _ in 0..MAX_REPLACEMENTS {
-            let locked = match self.lock_unchecked(by.min(Deadline::after(RENEWAL_FLOCK_TIMEOUT)))? {
-                LockedPath::Locked(locked) => locked,
-                LockedPath::Occupied => return Err(self.locked_error()),
-                LockedPath::Absent => match self.create(self.rebuilt_record(grant))? {
-                    true => return Ok(extended),
-                    false => continue,
-                },
-            };
+            let locked =
+                match self.lock_unchecked(by.min(Deadline::after(RENEWAL_FLOCK_TIMEOUT)))? {
+                    LockedPath::Locked(locked) => locked,
+                    LockedPath::Occupied => return Err(self.locked_error()),
+                    LockedPath::Absent => match self.create(self.rebuilt_record(grant))? {
+                        true => return Ok(extended),
+                        false => continue,
+                    },
+                };
             let Reading { bytes, content } = locked.read()?;
             return match content {
                 Content::Ours(record) if is_of_grant(&record, grant) => {
                     locked.renew(*record, grant, &bytes).map(|()| extended)
                 }
                 _ if !self.may_write(&locked)? => continue,
-                Content::Ours(record) if record.is_held() => Ok(Renewal::Lost { by: record.owner() }),
+                Content::Ours(record) if record.is_held() => {
+                    Ok(Renewal::Lost { by: record.owner() })
+                }
                 Content::Ours(_) | Content::Newer => Ok(Renewal::Lost { by: None }),
-                Content::Damaged => locked.write(&mut self.rebuilt_record(grant), &bytes).map(|()| extended),
+                Content::Damaged => locked
+                    .write(&mut self.rebuilt_record(grant), &bytes)
+                    .map(|()| extended),
                 Content::Foreign => Err(self.foreign_error(&bytes)),
             };
         }
@@ -152,57 +167,88 @@ impl LeaseStore for FileStore {
     }
 
     fn evict(&self, _: &LeaseName, snapshot: &LeaseSnapshot, by: Deadline) -> Result<Released> {
-        self.free_if(by, false, Released::NotMine, |content, bytes| match content {
-            Content::Ours(record) if record.is_held() && snapshot.is_same_holder(&holder_snapshot(record)) => {
-                let mut record = (**record).clone();
-                record.set_free();
-                Some(record)
-            }
-            // The token of an unreadable record is unknown.
-            Content::Damaged if snapshot.is_same_holder(&LeaseSnapshot::new(format::fingerprint(bytes))) => {
-                let mut record = self.own_record(&ClaimId::from_number(0), min_token(), Duration::ZERO);
-                record.set_free();
-                Some(record)
-            }
-            _ => None,
-        })
+        self.free_if(
+            by,
+            false,
+            Released::NotMine,
+            |content, bytes| match content {
+                Content::Ours(record)
+                    if record.is_held() && snapshot.is_same_holder(&holder_snapshot(record)) =>
+                {
+                    let mut record = (**record).clone();
+                    record.set_free();
+                    Some(record)
+                }
+                // The token of an unreadable record is unknown.
+                Content::Damaged
+                    if snapshot.is_same_holder(&LeaseSnapshot::new(format::fingerprint(bytes))) =>
+                {
+                    let mut record =
+                        self.own_record(&ClaimId::from_number(0), min_token(), Duration::ZERO);
+                    record.set_free();
+                    Some(record)
+                }
+                _ => None,
+            },
+        )
     }
 
-    fn wait_for_change(&self, _: &LeaseName, snapshot: &LeaseSnapshot, by: Deadline, stop: &CancelToken) -> Result<()> {
+    fn wait_for_change(
+        &self,
+        _: &LeaseName,
+        snapshot: &LeaseSnapshot,
+        by: Deadline,
+        stop: &CancelToken,
+    ) -> Result<()> {
         // Subscribes before it reads, so that it misses no change in between.
         let watch = inotify::changes_of(&self.spec.path).ok();
-        let Some(file) = self.open_for_reading()? else { return Ok(()) };
+        let Some(file) = self.open_for_reading()? else {
+            return Ok(());
+        };
         let Reading { bytes, content } = self.read(&file)?;
         drop(file);
         let check_interval = match content {
             Content::Ours(record) if record.fingerprint() == snapshot.revision() => {
-                match record.owner().is_some_and(|owner| owner.liveness() == Liveness::Alive) {
+                match record
+                    .owner()
+                    .is_some_and(|owner| owner.liveness() == Liveness::Alive)
+                {
                     true => OWNER_CHECK_INTERVAL,
                     // inotify(7) does not report the changes of another host.
-                    false => record
-                        .heartbeat()
-                        .clamp(self.spec.retry_delay.min(OWNER_CHECK_INTERVAL), OWNER_CHECK_INTERVAL * 20),
+                    false => record.heartbeat().clamp(
+                        self.spec.retry_delay.min(OWNER_CHECK_INTERVAL),
+                        OWNER_CHECK_INTERVAL * 20,
+                    ),
                 }
             }
-            Content::Damaged if format::fingerprint(&bytes) == snapshot.revision() => OWNER_CHECK_INTERVAL,
+            Content::Damaged if format::fingerprint(&bytes) == snapshot.revision() => {
+                OWNER_CHECK_INTERVAL
+            }
             _ => return Ok(()),
         };
         match watch {
             Some(watch) => {
                 let event = stop.event().map_err(StoreError::not_applied)?;
                 let until = by.min(Deadline::after(check_interval));
-                event::wait(Some(watch.as_fd()), Some(event.as_fd()), Some(until.moment()))
-                    .map(drop)
-                    .map_err(|error| self.io_error("wait for", error))
+                event::wait(
+                    Some(watch.as_fd()),
+                    Some(event.as_fd()),
+                    Some(until.moment()),
+                )
+                .map(drop)
+                .map_err(|error| self.io_error("wait for", error))
             }
-            None => sleep(by.min(Deadline::after(check_interval.min(self.spec.retry_delay))), stop),
+            None => sleep(
+                by.min(Deadline::after(check_interval.min(self.spec.retry_delay))),
+                stop,
+            ),
         }
     }
 }
 
 impl FileStore {
-    /// Writes the claim into the locked file, which contains `old` and may be taken. `granted` makes the grant of a
-    /// token.
+    /// Writes the claim into the locked file, which contains `old` and may be taken. `granted`
+    /// makes the grant of a token.
     fn take(
         &self,
         locked: &Locked<'_>,
@@ -231,12 +277,20 @@ impl FileStore {
         })
     }
 
-    /// Writes a note into a held record of when this process first saw its heartbeat number, for later processes. A
-    /// process writes one note. After that it uses its own observation, so waiters do not wake each other with notes.
+    /// Writes a note into a held record of when this process first saw its heartbeat number, for
+    /// later processes. A process writes one note. After that it uses its own observation, so
+    /// waiters do not wake each other with notes.
     fn leave_note(&self, file: ForkGuarded<File>, of: &Verdict<'_>) {
-        let (Verdict::Held(_, Some(record)), Some(clock)) = (of, self.spec.clock_id) else { return };
+        let (Verdict::Held(_, Some(record)), Some(clock)) = (of, self.spec.clock_id) else {
+            return;
+        };
         let is_noted = record.first_seen(clock).is_some();
-        if is_noted || !self.observer.try_lock().is_none_or(|mut observer| observer.must_leave_note()) {
+        if is_noted
+            || !self
+                .observer
+                .try_lock()
+                .is_none_or(|mut observer| observer.must_leave_note())
+        {
             return;
         }
         let write = |file: &File| {
@@ -248,11 +302,10 @@ impl FileStore {
         if !self.is_remote.load(Ordering::Relaxed) {
             return write(&file);
         }
-        // Without a lock on the file, an NFS client may write its whole cached page back, which contains an old
-        // heartbeat number.
+        // Without a lock on the file, an NFS client may write its whole cached page back, which
+        // contains an old heartbeat number.
         if let Ok(Some(locked)) = self.flock(file, Deadline::after(Duration::ZERO)) {
-            let is_same =
-                |now: Reading| matches!(now.content, Content::Ours(now) if now.fingerprint() == record.fingerprint());
+            let is_same = |now: Reading| matches!(now.content, Content::Ours(now) if now.fingerprint() == record.fingerprint());
             if locked.read().is_ok_and(is_same) {
                 write(&locked.file);
             }

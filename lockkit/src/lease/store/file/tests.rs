@@ -19,11 +19,18 @@ use crate::sys::files;
 #[cfg(target_os = "linux")]
 fn is_local_of_unknown_file_system_returns_false() {
     assert!(is_local(&File::open("/dev/shm").unwrap()));
-    assert!(!is_local(&File::open("/proc/self/stat").unwrap()), "procfs is not in the list");
+    assert!(
+        !is_local(&File::open("/proc/self/stat").unwrap()),
+        "procfs is not in the list"
+    );
 }
 
 fn store(name: &str, ttl: Duration) -> FileStore {
-    let base = if cfg!(target_os = "linux") { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
+    let base = if cfg!(target_os = "linux") {
+        PathBuf::from("/dev/shm")
+    } else {
+        std::env::temp_dir()
+    };
     FileStore::new(FileSpec {
         path: base.join(format!("lockkit-lease-{name}-{}", std::process::id())),
         heartbeat: ttl / 4,
@@ -41,7 +48,13 @@ fn store(name: &str, ttl: Duration) -> FileStore {
 fn age_on_remote_file_system_counts_less_an_hour() {
     let store = store("aged", Duration::from_secs(1));
     let minute = Duration::from_secs(60);
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(&store.spec.path).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&store.spec.path)
+        .unwrap();
     for (is_remote, age, least) in [
         (false, minute, minute),
         (true, minute, Duration::ZERO),
@@ -51,10 +64,16 @@ fn age_on_remote_file_system_counts_less_an_hour() {
         store.is_remote.store(is_remote, Ordering::Relaxed);
         file.set_modified(SystemTime::now() - age).unwrap();
         let found = store.unchanged_for(&files::metadata_of(&file).unwrap());
-        assert!((least..least + minute / 2).contains(&found), "{is_remote} {age:?}: {found:?}");
+        assert!(
+            (least..least + minute / 2).contains(&found),
+            "{is_remote} {age:?}: {found:?}"
+        );
     }
     file.set_modified(SystemTime::now() + minute).unwrap();
-    assert_eq!(store.unchanged_for(&files::metadata_of(&file).unwrap()), Duration::ZERO);
+    assert_eq!(
+        store.unchanged_for(&files::metadata_of(&file).unwrap()),
+        Duration::ZERO
+    );
     fs::remove_file(&store.spec.path).unwrap();
 }
 
@@ -68,7 +87,14 @@ fn file_blank_again_counts_as_held_for_whole_timeout() {
         file.set_modified(SystemTime::now() - age).unwrap();
     };
     let second = Duration::from_secs(1);
-    let left = || store.read_snapshot().unwrap().unwrap().expires_in().unwrap();
+    let left = || {
+        store
+            .read_snapshot()
+            .unwrap()
+            .unwrap()
+            .expires_in()
+            .unwrap()
+    };
     blank_since(second * 2);
     assert!(left() > second * 50);
     clock.advance(second * 70);

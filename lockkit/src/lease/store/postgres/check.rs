@@ -1,4 +1,5 @@
-//! The check of a new connection: whether the server and its table are usable. It creates the table if there is none.
+//! The check of a new connection: whether the server and its table are usable. It creates the table
+//! if there is none.
 
 use tokio_postgres::Row;
 
@@ -15,13 +16,21 @@ pub(super) fn check(connection: &mut Connection, by: Deadline) -> Result<(), Sto
     const MAX_TRIES: usize = 5;
     for _ in 0..MAX_TRIES {
         let row = inspect(connection, by)?;
-        let foreign =
-            |error| StoreError::permanent(ErrorContext::new("cannot use the server: it is not PostgreSQL", error));
-        let (server_process, version): (i32, i32) =
-            (row.try_get(0).map_err(foreign)?, row.try_get(1).map_err(foreign)?);
+        let foreign = |error| {
+            StoreError::permanent(ErrorContext::new(
+                "cannot use the server: it is not PostgreSQL",
+                error,
+            ))
+        };
+        let (server_process, version): (i32, i32) = (
+            row.try_get(0).map_err(foreign)?,
+            row.try_get(1).map_err(foreign)?,
+        );
         if version < MIN_VERSION {
             let version: &str = row.try_get(2).map_err(foreign)?;
-            return Err(StoreError::permanent(error::too_old(&format!("version {version}"))));
+            return Err(StoreError::permanent(error::too_old(&format!(
+                "version {version}"
+            ))));
         }
         if row.try_get(3).map_err(foreign)? {
             return Err(StoreError::not_applied(error::read_only()));
@@ -32,17 +41,21 @@ pub(super) fn check(connection: &mut Connection, by: Deadline) -> Result<(), Sto
         }
         match row.try_get(4).map_err(foreign)? {
             Some(LAYOUT) if connection.is_direct => {
-                return connection.execute(LIMIT_STATEMENTS, by).map_err(|error| match of_request(error) {
-                    StoreError::Unknown(cause) => StoreError::NotApplied(cause),
-                    error => error,
-                });
+                return connection
+                    .execute(LIMIT_STATEMENTS, by)
+                    .map_err(|error| match of_request(error) {
+                        StoreError::Unknown(cause) => StoreError::NotApplied(cause),
+                        error => error,
+                    });
             }
             Some(LAYOUT) => return Ok(()),
             Some(_) => return Err(StoreError::permanent(error::of_another_layout())),
             None => create_table(connection, by)?,
         }
     }
-    Err(StoreError::not_applied("cannot find the table lockkit_leases in the search_path after its creation"))
+    Err(StoreError::not_applied(
+        "cannot find the table lockkit_leases in the search_path after its creation",
+    ))
 }
 
 /// Returns what the server says of itself and of the table.
@@ -55,10 +68,16 @@ fn inspect(connection: &mut Connection, by: Deadline) -> Result<Row, StoreError>
         Err(QueryError::Driver(error))
             if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_FUNCTION) =>
         {
-            Err(StoreError::permanent(ErrorContext::new(error::too_old("this version"), error)))
+            Err(StoreError::permanent(ErrorContext::new(
+                error::too_old("this version"),
+                error,
+            )))
         }
         // The statement has changed nothing.
-        Err(error) => Err(StoreError::not_applied(ErrorContext::new("cannot check the server", of_request(error)))),
+        Err(error) => Err(StoreError::not_applied(ErrorContext::new(
+            "cannot check the server",
+            of_request(error),
+        ))),
     }
 }
 
@@ -71,11 +90,16 @@ fn create_table(connection: &mut Connection, by: Deadline) -> Result<(), StoreEr
             Ok(())
         }
         Err(QueryError::Driver(error)) => match error.code() {
-            // Another process is creating the table at this moment, which IF NOT EXISTS does not see.
-            Some(&(SqlState::UNIQUE_VIOLATION | SqlState::DUPLICATE_TABLE | SqlState::DUPLICATE_OBJECT)) => Ok(()),
-            Some(&(SqlState::INSUFFICIENT_PRIVILEGE | SqlState::INVALID_SCHEMA_NAME)) => {
-                Err(StoreError::permanent(ErrorContext::new(error::no_table(), error)))
-            }
+            // Another process is creating the table at this moment, which IF NOT EXISTS does not
+            // see.
+            Some(
+                &(SqlState::UNIQUE_VIOLATION
+                | SqlState::DUPLICATE_TABLE
+                | SqlState::DUPLICATE_OBJECT),
+            ) => Ok(()),
+            Some(&(SqlState::INSUFFICIENT_PRIVILEGE | SqlState::INVALID_SCHEMA_NAME)) => Err(
+                StoreError::permanent(ErrorContext::new(error::no_table(), error)),
+            ),
             _ => Err(of_request(error.into())),
         },
         Err(error) => Err(of_request(error)),

@@ -1,10 +1,10 @@
 //! The content of a `postgres://` URL: the address of the server and the credentials.
 //!
-//! The URL is libpq's, as far as tokio-postgres reads it. This module reads the TLS parameters that tokio-postgres does
-//! not know (`verify-ca`, `verify-full`, `sslrootcert`, `sslcert`, `sslkey`). Values that the URL omits are not taken
-//! from the environment or from files. Of several hosts, the one that answered last is asked first. Each host gets an
-//! equal part of the time that is left, so that a hanging host does not use up all of it. A server that is read-only is
-//! skipped.
+//! The URL is libpq's, as far as tokio-postgres reads it. This module reads the TLS parameters that
+//! tokio-postgres does not know (`verify-ca`, `verify-full`, `sslrootcert`, `sslcert`, `sslkey`).
+//! Values that the URL omits are not taken from the environment or from files. Of several hosts,
+//! the one that answered last is asked first. Each host gets an equal part of the time that is
+//! left, so that a hanging host does not use up all of it. A server that is read-only is skipped.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -17,12 +17,16 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt,
+};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+};
 use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation, TargetSessionAttrs};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -66,7 +70,9 @@ impl ServerConfig {
         let parts = Parts::of(url);
         // The builder below would take the part before the second @ for the host.
         if parts.authority.matches('@').count() > 1 {
-            return Err(wrong("only one @ is allowed before the path; in a user or password write %40"));
+            return Err(wrong(
+                "only one @ is allowed before the path; in a user or password write %40",
+            ));
         }
         let mut other_parameters = Vec::new();
         for (key, value) in parts.parameters() {
@@ -81,21 +87,29 @@ impl ServerConfig {
                 _ => other_parameters.push((key, value)),
             }
         }
-        let mut config: Config =
-            without_tls(&parts, &other_parameters).parse().map_err(|error| wrong(&chain(&error)))?;
+        let mut config: Config = without_tls(&parts, &other_parameters)
+            .parse()
+            .map_err(|error| wrong(&chain(&error)))?;
         config.ssl_mode(tls.ssl_mode().map_err(|problem| wrong(&problem))?);
         if config.get_application_name().is_none() {
             config.application_name("lockkit");
         }
         if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
-            return Err(wrong("target_session_attrs=read-only is not allowed, because a lease is written"));
+            return Err(wrong(
+                "target_session_attrs=read-only is not allowed, because a lease is written",
+            ));
         }
         let hosts = hosts(&config).map_err(wrong)?;
         let mut tls = tls.config().map_err(|problem| wrong(&problem))?;
         if config.get_ssl_negotiation() == SslNegotiation::Direct {
             tls.alpn_protocols.push(b"postgresql".to_vec());
         }
-        Ok(Self { config, tls: MakeRustlsConnect::new(tls), hosts, answered: AtomicUsize::new(0) })
+        Ok(Self {
+            config,
+            tls: MakeRustlsConnect::new(tls),
+            hosts,
+            answered: AtomicUsize::new(0),
+        })
     }
 
     /// Returns a number that stores on the same servers have in common.
@@ -128,10 +142,16 @@ impl ServerConfig {
         for attempt in 0..count {
             let at = (first + attempt) % count;
             let part = equal_part(by, count - attempt);
-            let limit = self.config.get_connect_timeout().filter(|limit| !limit.is_zero());
-            let by = by.min(Deadline::after(limit.map_or(part, |limit| part.min(*limit))));
-            let connected =
-                self.connect_to(at, by).and_then(|mut connection| check(&mut connection, by).map(|()| connection));
+            let limit = self
+                .config
+                .get_connect_timeout()
+                .filter(|limit| !limit.is_zero());
+            let by = by.min(Deadline::after(
+                limit.map_or(part, |limit| part.min(*limit)),
+            ));
+            let connected = self
+                .connect_to(at, by)
+                .and_then(|mut connection| check(&mut connection, by).map(|()| connection));
             match connected {
                 Ok(connection) => {
                     self.answered.store(at, Ordering::Relaxed);
@@ -149,24 +169,37 @@ impl ServerConfig {
 
     fn connect_to(&self, at: usize, by: Deadline) -> Result<Connection, StoreError> {
         let (host, port) = &self.hosts[at];
-        let timeout =
-            || StoreError::not_applied(format!("cannot connect to {}: no answer came in time", host_text(host, *port)));
+        let timeout = || {
+            StoreError::not_applied(format!(
+                "cannot connect to {}: no answer came in time",
+                host_text(host, *port)
+            ))
+        };
         let failure = |error: io::Error| match error.kind() {
             io::ErrorKind::TimedOut => timeout(),
             _ => connect_error(&host_text(host, *port), &error),
         };
         let (socket, name) = match host {
             HostAddress::Unix(directory) => (self.connect_unix(directory, *port, by), None),
-            HostAddress::Address(address, name) => (self.connect_tcp(&[(*address, *port).into()], by), Some(&**name)),
-            HostAddress::Name(name) => {
-                (addresses(name, *port, by).and_then(|found| self.connect_tcp(&found, by)), Some(&**name))
-            }
+            HostAddress::Address(address, name) => (
+                self.connect_tcp(&[(*address, *port).into()], by),
+                Some(&**name),
+            ),
+            HostAddress::Name(name) => (
+                addresses(name, *port, by).and_then(|found| self.connect_tcp(&found, by)),
+                Some(&**name),
+            ),
         };
         let opened = Connection::open(socket.map_err(failure)?, name, &self.config, &self.tls, by);
         opened.map_err(|error| of_connecting(error, &host_text(host, *port), self.user(), timeout))
     }
 
-    fn connect_unix(&self, directory: &std::path::Path, port: u16, by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
+    fn connect_unix(
+        &self,
+        directory: &std::path::Path,
+        port: u16,
+        by: Deadline,
+    ) -> io::Result<ForkGuarded<OwnedFd>> {
         let address = SocketAddrUnix::new(directory.join(format!(".s.PGSQL.{port}")))?;
         let socket = socket(AddressFamily::UNIX)?;
         loop {
@@ -179,8 +212,13 @@ impl ServerConfig {
         }
     }
 
-    /// Connects to the first address of a host that answers; each address gets an equal part of the time that is left.
-    fn connect_tcp(&self, addresses: &[SocketAddr], by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
+    /// Connects to the first address of a host that answers; each address gets an equal part of the
+    /// time that is left.
+    fn connect_tcp(
+        &self,
+        addresses: &[SocketAddr],
+        by: Deadline,
+    ) -> io::Result<ForkGuarded<OwnedFd>> {
         let mut failure = io::ErrorKind::NotFound.into();
         for (at, address) in addresses.iter().enumerate() {
             let part = equal_part(by, addresses.len() - at);
@@ -192,8 +230,16 @@ impl ServerConfig {
         Err(failure)
     }
 
-    fn connect_tcp_address(&self, address: &SocketAddr, by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
-        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    fn connect_tcp_address(
+        &self,
+        address: &SocketAddr,
+        by: Deadline,
+    ) -> io::Result<ForkGuarded<OwnedFd>> {
+        let family = if address.is_ipv4() {
+            AddressFamily::INET
+        } else {
+            AddressFamily::INET6
+        };
         let socket = socket(family)?;
         match connect(&*socket, address) {
             Ok(()) => {}
@@ -220,11 +266,24 @@ impl ServerConfig {
     }
 }
 
-/// Returns the URL without the TLS parameters. The others are escaped one by one for the client's own parser.
+/// Returns the URL without the TLS parameters. The others are escaped one by one for the client's
+/// own parser.
 fn without_tls(parts: &Parts<'_>, other_parameters: &[(&str, String)]) -> String {
-    let escape = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
-    let query: Vec<_> = other_parameters.iter().map(|(key, value)| format!("{key}={}", escape(value))).collect();
-    format!("postgres://{}{}?{}", parts.authority, parts.path, query.join("&"))
+    let escape = |text: &str| {
+        text.bytes()
+            .map(|byte| format!("%{byte:02X}"))
+            .collect::<String>()
+    };
+    let query: Vec<_> = other_parameters
+        .iter()
+        .map(|(key, value)| format!("{key}={}", escape(value)))
+        .collect();
+    format!(
+        "postgres://{}{}?{}",
+        parts.authority,
+        parts.path,
+        query.join("&")
+    )
 }
 
 fn socket(family: AddressFamily) -> io::Result<ForkGuarded<OwnedFd>> {
@@ -234,7 +293,11 @@ fn socket(family: AddressFamily) -> io::Result<ForkGuarded<OwnedFd>> {
 
 /// Returns the hosts and their ports, as libpq pairs them.
 fn hosts(config: &Config) -> Result<Vec<(HostAddress, u16)>, &'static str> {
-    let (names, addresses, ports) = (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
+    let (names, addresses, ports) = (
+        config.get_hosts(),
+        config.get_hostaddrs(),
+        config.get_ports(),
+    );
     let count = names.len().max(addresses.len());
     if count == 0 {
         return Err(
@@ -257,7 +320,18 @@ fn hosts(config: &Config) -> Result<Vec<(HostAddress, u16)>, &'static str> {
         (None, Some(address)) => HostAddress::Address(*address, address.to_string()),
         (None, None) => HostAddress::Name(String::new()),
     };
-    Ok((0..count).map(|at| (host(at), ports.get(at).or(ports.first()).copied().unwrap_or(DEFAULT_PORT))).collect())
+    Ok((0..count)
+        .map(|at| {
+            (
+                host(at),
+                ports
+                    .get(at)
+                    .or(ports.first())
+                    .copied()
+                    .unwrap_or(DEFAULT_PORT),
+            )
+        })
+        .collect())
 }
 
 fn host_text(host: &HostAddress, port: u16) -> String {
@@ -282,15 +356,20 @@ impl TlsParameters {
             None | Some("prefer") => Ok(SslMode::Prefer),
             Some("disable") => Ok(SslMode::Disable),
             Some("require" | "verify-ca" | "verify-full") => Ok(SslMode::Require),
-            Some(_) => Err("sslmode must be disable, prefer, require, verify-ca or verify-full".to_owned()),
+            Some(_) => {
+                Err("sslmode must be disable, prefer, require, verify-ca or verify-full".to_owned())
+            }
         }
     }
 
-    /// Returns the TLS configuration. It checks the server's certificate as libpq does. `verify-full` checks the chain
-    /// and the name. `verify-ca`, and `require` with given roots, check the chain. Other modes check nothing.
+    /// Returns the TLS configuration. It checks the server's certificate as libpq does.
+    /// `verify-full` checks the chain and the name. `verify-ca`, and `require` with given roots,
+    /// check the chain. Other modes check nothing.
     fn config(&self) -> Result<ClientConfig, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let schemes = provider.signature_verification_algorithms.supported_schemes();
+        let schemes = provider
+            .signature_verification_algorithms
+            .supported_schemes();
         let chain = match (self.mode.as_deref(), self.roots.as_deref()) {
             (Some("verify-full"), None | Some("system")) => Some(system_roots()?),
             (Some("verify-ca"), None | Some("system")) => {
@@ -305,13 +384,19 @@ impl TlsParameters {
         };
         let chain = match chain {
             Some(roots) => {
-                let verifier = WebPkiServerVerifier::builder_with_provider(roots.into(), provider.clone()).build();
+                let verifier =
+                    WebPkiServerVerifier::builder_with_provider(roots.into(), provider.clone())
+                        .build();
                 Some(verifier.map_err(|error| format!("cannot use sslrootcert: {error}"))?)
             }
             None => None,
         };
         let is_named = self.mode.as_deref() == Some("verify-full");
-        let verifier = Arc::new(SslModeVerifier { chain, is_named, schemes });
+        let verifier = Arc::new(SslModeVerifier {
+            chain,
+            is_named,
+            schemes,
+        });
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?
@@ -321,9 +406,10 @@ impl TlsParameters {
             (None, None) => builder.with_no_client_auth(),
             (Some(certificate), Some(key)) => {
                 let read = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect);
-                let chain: Vec<_> = read.map_err(|error| format!("cannot read sslcert {certificate}: {error}"))?;
-                let key =
-                    PrivateKeyDer::from_pem_file(key).map_err(|error| format!("cannot read sslkey {key}: {error}"))?;
+                let chain: Vec<_> =
+                    read.map_err(|error| format!("cannot read sslcert {certificate}: {error}"))?;
+                let key = PrivateKeyDer::from_pem_file(key)
+                    .map_err(|error| format!("cannot read sslkey {key}: {error}"))?;
                 builder
                     .with_client_auth_cert(chain, key)
                     .map_err(|error| format!("cannot use sslcert and sslkey: {error}"))?
@@ -338,10 +424,15 @@ impl TlsParameters {
 
 fn roots_in(path: &str) -> Result<RootCertStore, String> {
     let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
-    let certificates: Vec<_> = read.map_err(|error| format!("cannot read sslrootcert {path}: {error}"))?;
+    let certificates: Vec<_> =
+        read.map_err(|error| format!("cannot read sslrootcert {path}: {error}"))?;
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(certificates);
-    if roots.is_empty() { Err(format!("sslrootcert {path} contains no certificate")) } else { Ok(roots) }
+    if roots.is_empty() {
+        Err(format!("sslrootcert {path} contains no certificate"))
+    } else {
+        Ok(roots)
+    }
 }
 
 fn system_roots() -> Result<RootCertStore, String> {
@@ -374,13 +465,13 @@ impl ServerCertVerifier for SslModeVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         use CertificateError::{NotValidForName, NotValidForNameContext};
-        let Some(chain) = &self.chain else { return Ok(ServerCertVerified::assertion()) };
+        let Some(chain) = &self.chain else {
+            return Ok(ServerCertVerified::assertion());
+        };
         match chain.verify_server_cert(certificate, intermediates, name, ocsp, now) {
-            Err(rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. }))
-                if !self.is_named =>
-            {
-                Ok(ServerCertVerified::assertion())
-            }
+            Err(rustls::Error::InvalidCertificate(
+                NotValidForName | NotValidForNameContext { .. },
+            )) if !self.is_named => Ok(ServerCertVerified::assertion()),
             checked => checked,
         }
     }
@@ -420,16 +511,32 @@ mod tests {
 
     fn hosts_of(url: &str) -> Vec<String> {
         let target = ServerConfig::parse(url).unwrap_or_else(|error| panic!("{url}: {error}"));
-        target.hosts.iter().map(|(host, port)| host_text(host, *port)).collect()
+        target
+            .hosts
+            .iter()
+            .map(|(host, port)| host_text(host, *port))
+            .collect()
     }
 
     #[test]
     fn hosts_are_paired_with_ports_as_libpq_does() {
         assert_eq!(hosts_of("postgres://u@a.example/db"), ["a.example:5432"]);
-        assert_eq!(hosts_of("postgres://u:p@a:1,b,[::1]:3/db?sslmode=disable"), ["a:1", "b:5432", "::1:3"]);
-        assert_eq!(hosts_of("postgres://u@%2Fvar%2Frun/db"), ["/var/run/.s.PGSQL.5432"]);
-        assert_eq!(hosts_of("postgres:///db?host=/var/run&port=7"), ["/var/run/.s.PGSQL.7"]);
-        assert_eq!(hosts_of("postgres:///db?host=a&hostaddr=127.0.0.1&port=7"), ["a:7"]);
+        assert_eq!(
+            hosts_of("postgres://u:p@a:1,b,[::1]:3/db?sslmode=disable"),
+            ["a:1", "b:5432", "::1:3"]
+        );
+        assert_eq!(
+            hosts_of("postgres://u@%2Fvar%2Frun/db"),
+            ["/var/run/.s.PGSQL.5432"]
+        );
+        assert_eq!(
+            hosts_of("postgres:///db?host=/var/run&port=7"),
+            ["/var/run/.s.PGSQL.7"]
+        );
+        assert_eq!(
+            hosts_of("postgres:///db?host=a&hostaddr=127.0.0.1&port=7"),
+            ["a:7"]
+        );
     }
 
     #[test]
@@ -439,14 +546,32 @@ mod tests {
             ("postgres://u:secret@a,b/db?port=1,2,3", "ports"),
             ("postgres://u:secret@a/db?sslmode=allow", "sslmode must be"),
             ("postgres://u:secret@a/db?sslmode=verify-ca", "sslrootcert"),
-            ("postgres://u:secret@a/db?sslrootcert=/nowhere&sslmode=verify-full", "cannot read sslrootcert /nowhere"),
-            ("postgres://u:secret@a/db?sslcert=/nowhere", "given together"),
-            ("postgres://u:secret@a/db?target_session_attrs=read-only", "because a lease is written"),
+            (
+                "postgres://u:secret@a/db?sslrootcert=/nowhere&sslmode=verify-full",
+                "cannot read sslrootcert /nowhere",
+            ),
+            (
+                "postgres://u:secret@a/db?sslcert=/nowhere",
+                "given together",
+            ),
+            (
+                "postgres://u:secret@a/db?target_session_attrs=read-only",
+                "because a lease is written",
+            ),
             ("postgres://u:secret@a/db?nonsense=secret", "nonsense"),
-            ("postgres://u:secret@a/db?connect_timeout=secret", "connect_timeout"),
+            (
+                "postgres://u:secret@a/db?connect_timeout=secret",
+                "connect_timeout",
+            ),
         ] {
-            let error = ServerConfig::parse(url).err().unwrap_or_else(|| panic!("{url} is accepted")).to_string();
-            assert!(error.contains(says) && !error.contains("secret"), "{url}: {error}");
+            let error = ServerConfig::parse(url)
+                .err()
+                .unwrap_or_else(|| panic!("{url} is accepted"))
+                .to_string();
+            assert!(
+                error.contains(says) && !error.contains("secret"),
+                "{url}: {error}"
+            );
         }
     }
 }

@@ -1,10 +1,12 @@
-//! One connection to a PostgreSQL server. Its user sends a request and waits for the answer, no longer than a deadline.
+//! One connection to a PostgreSQL server. Its user sends a request and waits for the answer, no
+//! longer than a deadline.
 //!
-//! tokio-postgres implements the protocol, as futures over any stream of bytes. The futures need no runtime: the
-//! calling thread polls them, and when they can make no progress sleeps in poll(2) for their one socket. So a request
-//! costs a write, a sleep and a read. Its deadline holds even when the server is frozen. There is no thread, no further
-//! descriptor, and nothing that must not be used within a program's own runtime. A connection cannot be used after a
-//! missed deadline, because the answer may still arrive.
+//! tokio-postgres implements the protocol, as futures over any stream of bytes. The futures need no
+//! runtime: the calling thread polls them, and when they can make no progress sleeps in poll(2) for
+//! their one socket. So a request costs a write, a sleep and a read. Its deadline holds even when
+//! the server is frozen. There is no thread, no further descriptor, and nothing that must not be
+//! used within a program's own runtime. A connection cannot be used after a missed deadline,
+//! because the answer may still arrive.
 //!
 //! A forked child gets inert descriptors in place of the sockets.
 
@@ -69,7 +71,8 @@ pub(super) struct Connection {
 /// The part of a connection that sends and receives the bytes.
 struct Transport {
     socket: Arc<Socket>,
-    driver: tokio_postgres::Connection<Stream, <MakeRustlsConnect as MakeTlsConnect<Stream>>::Stream>,
+    driver:
+        tokio_postgres::Connection<Stream, <MakeRustlsConnect as MakeTlsConnect<Stream>>::Stream>,
     /// The payloads that the server has sent and no caller has taken yet: the names of leases.
     notifications: Vec<String>,
 }
@@ -83,18 +86,31 @@ impl Connection {
         tls: &MakeRustlsConnect,
         by: Deadline,
     ) -> Result<Self, QueryError> {
-        let socket = Arc::new(Socket { descriptor: socket, is_full: AtomicBool::new(false) });
-        let connector = MakeTlsConnect::<Stream>::make_tls_connect(&mut tls.clone(), host.unwrap_or_default());
+        let socket = Arc::new(Socket {
+            descriptor: socket,
+            is_full: AtomicBool::new(false),
+        });
+        let connector =
+            MakeTlsConnect::<Stream>::make_tls_connect(&mut tls.clone(), host.unwrap_or_default());
         let connector = connector.unwrap_or_else(|never| match never {});
         let opening = config.connect_raw(Stream(socket.clone()), connector);
         let (client, driver) = run(&socket, |_| Ok(()), opening, by)??;
         step("session opened");
-        let transport = Transport { socket, driver, notifications: Vec::new() };
-        Ok(Self { transport, client, statements: [const { None }; STATEMENT_COUNT], is_direct: false })
+        let transport = Transport {
+            socket,
+            driver,
+            notifications: Vec::new(),
+        };
+        Ok(Self {
+            transport,
+            client,
+            statements: [const { None }; STATEMENT_COUNT],
+            is_direct: false,
+        })
     }
 
-    /// Returns the number of the server's process at the other end, as the server or a proxy in between reported it at
-    /// first.
+    /// Returns the number of the server's process at the other end, as the server or a proxy in
+    /// between reported it at first.
     pub(super) fn server_process(&self) -> Option<i32> {
         // Only a cancel request reveals the number; it is captured here and not sent.
         let mut captured = Vec::new();
@@ -118,7 +134,12 @@ impl Connection {
         if !self.is_direct {
             return self.query_unprepared(sql, values, by);
         }
-        let Self { transport, client, statements, .. } = self;
+        let Self {
+            transport,
+            client,
+            statements,
+            ..
+        } = self;
         let statement = match &mut statements[sql.slot] {
             Some(statement) => statement,
             none => none.insert(transport.run(client.prepare_typed(sql.text, sql.types), by)??),
@@ -133,14 +154,22 @@ impl Connection {
         values: &[&(dyn ToSql + Sync)],
         by: Deadline,
     ) -> Result<Vec<Row>, QueryError> {
-        let typed: Vec<_> = values.iter().copied().zip(sql.types.iter().cloned()).collect();
-        let Self { transport, client, .. } = self;
+        let typed: Vec<_> = values
+            .iter()
+            .copied()
+            .zip(sql.types.iter().cloned())
+            .collect();
+        let Self {
+            transport, client, ..
+        } = self;
         Ok(transport.run(client.query_typed(sql.text, &typed), by)??)
     }
 
     /// Executes statements without values.
     pub(super) fn execute(&mut self, sql: &str, by: Deadline) -> Result<(), QueryError> {
-        let Self { transport, client, .. } = self;
+        let Self {
+            transport, client, ..
+        } = self;
         Ok(transport.run(client.batch_execute(sql), by)??)
     }
 
@@ -149,13 +178,22 @@ impl Connection {
         self.statements = [const { None }; STATEMENT_COUNT];
     }
 
-    /// Returns the payloads of the notifications that the server has sent. Waits for the first until `by`.
+    /// Returns the payloads of the notifications that the server has sent. Waits for the first
+    /// until `by`.
     pub(super) fn listen(&mut self, by: Deadline) -> Result<Vec<String>, QueryError> {
         if self.transport.notifications.is_empty() {
-            let Transport { socket, driver, notifications } = &mut self.transport;
+            let Transport {
+                socket,
+                driver,
+                notifications,
+            } = &mut self.transport;
             let received = std::future::poll_fn(|cx| {
                 let received = receive(driver, notifications, cx);
-                if received.is_ok() && notifications.is_empty() { Poll::Pending } else { Poll::Ready(received) }
+                if received.is_ok() && notifications.is_empty() {
+                    Poll::Pending
+                } else {
+                    Poll::Ready(received)
+                }
             });
             match run(socket, |_| Ok(()), received, by) {
                 Ok(received) => received?,
@@ -170,7 +208,11 @@ impl Connection {
 impl Transport {
     /// Polls `work` until it is ready, and sends and receives the bytes that it waits for.
     fn run<F: Future>(&mut self, work: F, by: Deadline) -> Result<F::Output, QueryError> {
-        let Self { socket, driver, notifications } = self;
+        let Self {
+            socket,
+            driver,
+            notifications,
+        } = self;
         run(socket, |cx| receive(driver, notifications, cx), work, by)
     }
 }
@@ -188,14 +230,16 @@ fn receive<T: AsyncRead + AsyncWrite + Unpin>(
             }
             Poll::Ready(Some(Ok(_))) => {}
             Poll::Ready(Some(Err(error))) => return Err(error.into()),
-            Poll::Ready(None) => return Err(QueryError::Io(io::ErrorKind::ConnectionAborted.into())),
+            Poll::Ready(None) => {
+                return Err(QueryError::Io(io::ErrorKind::ConnectionAborted.into()));
+            }
             Poll::Pending => return Ok(()),
         }
     }
 }
 
-/// Polls `work` until it is ready or `by` has come. `driver` sends and receives the bytes that `work` waits for, unless
-/// `work` does that itself.
+/// Polls `work` until it is ready or `by` has come. `driver` sends and receives the bytes that
+/// `work` waits for, unless `work` does that itself.
 fn run<F: Future>(
     socket: &Socket,
     mut driver: impl FnMut(&mut Context<'_>) -> Result<(), QueryError>,
@@ -223,7 +267,9 @@ fn run<F: Future>(
             continue;
         }
         let is_full = socket.is_full.swap(false, Ordering::Relaxed);
-        if !event::wait_for_traffic(socket.descriptor.as_fd(), is_full, by.moment()).map_err(QueryError::Io)? {
+        if !event::wait_for_traffic(socket.descriptor.as_fd(), is_full, by.moment())
+            .map_err(QueryError::Io)?
+        {
             return Err(QueryError::TimedOut);
         }
     }
@@ -246,7 +292,8 @@ struct Socket {
 }
 
 impl Socket {
-    /// Converts the result of a non-blocking call. It registers no waker: [`run`] sleeps for the socket itself.
+    /// Converts the result of a non-blocking call. It registers no waker: [`run`] sleeps for the
+    /// socket itself.
     fn poll<T>(result: Result<T, Errno>) -> Poll<io::Result<T>> {
         match result {
             Ok(done) => Poll::Ready(Ok(done)),
@@ -260,9 +307,15 @@ impl Socket {
 pub(super) struct Stream(Arc<Socket>);
 
 impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let room = buffer.initialize_unfilled();
-        let read = rustix::io::retry_on_intr(|| rustix::net::recv(&*self.0.descriptor, &mut *room, RecvFlags::empty()));
+        let read = rustix::io::retry_on_intr(|| {
+            rustix::net::recv(&*self.0.descriptor, &mut *room, RecvFlags::empty())
+        });
         let (read, _) = ready!(Socket::poll(read))?;
         buffer.advance(read);
         Poll::Ready(Ok(()))
@@ -270,8 +323,14 @@ impl AsyncRead for Stream {
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let sent = rustix::io::retry_on_intr(|| rustix::net::send(&*self.0.descriptor, bytes, SendFlags::NOSIGNAL));
+    fn poll_write(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let sent = rustix::io::retry_on_intr(|| {
+            rustix::net::send(&*self.0.descriptor, bytes, SendFlags::NOSIGNAL)
+        });
         let sent = Socket::poll(sent);
         self.0.is_full.store(sent.is_pending(), Ordering::Relaxed);
         sent
@@ -282,7 +341,9 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(rustix::net::shutdown(&*self.0.descriptor, Shutdown::Write).map_err(io::Error::from))
+        Poll::Ready(
+            rustix::net::shutdown(&*self.0.descriptor, Shutdown::Write).map_err(io::Error::from),
+        )
     }
 }
 
@@ -290,14 +351,22 @@ impl AsyncWrite for Stream {
 struct CapturedStream<'c>(&'c mut Vec<u8>);
 
 impl AsyncRead for CapturedStream<'_> {
-    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         buffer.put_slice(b"S");
         Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for CapturedStream<'_> {
-    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         self.0.extend_from_slice(bytes);
         Poll::Ready(Ok(bytes.len()))
     }

@@ -1,8 +1,8 @@
 //! The errors as messages, and whether the request may have taken effect.
 //!
-//! An `ERROR` of the server undid the transaction, so the request took no effect. A `FATAL` error ended the session and
-//! may have come after the commit. No message contains a password: neither the server's messages nor tokio-postgres's
-//! do.
+//! An `ERROR` of the server undid the transaction, so the request took no effect. A `FATAL` error
+//! ended the session and may have come after the commit. No message contains a password: neither
+//! the server's messages nor tokio-postgres's do.
 
 use std::fmt;
 use std::io;
@@ -22,8 +22,14 @@ pub(super) struct ErrorContext {
 }
 
 impl ErrorContext {
-    pub(super) fn new(text: impl Into<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self { text: text.into(), source: source.into() }
+    pub(super) fn new(
+        text: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self {
+            text: text.into(),
+            source: source.into(),
+        }
     }
 }
 
@@ -39,7 +45,8 @@ impl std::error::Error for ErrorContext {
     }
 }
 
-/// Returns the error for a failed connection to `server`. The attempt has taken no effect, whatever the error is.
+/// Returns the error for a failed connection to `server`. The attempt has taken no effect, whatever
+/// the error is.
 pub(super) fn of_connecting(
     error: QueryError,
     server: &str,
@@ -51,11 +58,16 @@ pub(super) fn of_connecting(
     let error = match error {
         QueryError::TimedOut => return timeout(),
         QueryError::Io(error) => {
-            return StoreError::not_applied(ErrorContext::new(format!("cannot connect to {server}"), error));
+            return StoreError::not_applied(ErrorContext::new(
+                format!("cannot connect to {server}"),
+                error,
+            ));
         }
         QueryError::Driver(error) => error,
     };
-    let Some(code) = error.code() else { return without_code(error, server) };
+    let Some(code) = error.code() else {
+        return without_code(error, server);
+    };
     match *code {
         SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => permanent(
             format!(
@@ -64,22 +76,30 @@ pub(super) fn of_connecting(
             ),
             error,
         ),
-        SqlState::INVALID_CATALOG_NAME => permanent(format!("cannot use the database of the URL at {server}"), error),
-        SqlState::INSUFFICIENT_PRIVILEGE => {
-            permanent(format!("cannot use the database of the URL at {server} as {user}"), error)
-        }
-        SqlState::INVALID_PARAMETER_VALUE | SqlState::UNDEFINED_OBJECT | SqlState::CANT_CHANGE_RUNTIME_PARAM => {
-            permanent(format!("cannot use the options of the URL at {server}"), error)
-        }
+        SqlState::INVALID_CATALOG_NAME => permanent(
+            format!("cannot use the database of the URL at {server}"),
+            error,
+        ),
+        SqlState::INSUFFICIENT_PRIVILEGE => permanent(
+            format!("cannot use the database of the URL at {server} as {user}"),
+            error,
+        ),
+        SqlState::INVALID_PARAMETER_VALUE
+        | SqlState::UNDEFINED_OBJECT
+        | SqlState::CANT_CHANGE_RUNTIME_PARAM => permanent(
+            format!("cannot use the options of the URL at {server}"),
+            error,
+        ),
         SqlState::TOO_MANY_CONNECTIONS => not_applied(
             format!(
                 "cannot connect to {server}: it has no connection left; a process needs up to ten, see max_connections"
             ),
             error,
         ),
-        SqlState::CANNOT_CONNECT_NOW => {
-            not_applied(format!("cannot connect to {server}: it is starting, stopping or recovering"), error)
-        }
+        SqlState::CANNOT_CONNECT_NOW => not_applied(
+            format!("cannot connect to {server}: it is starting, stopping or recovering"),
+            error,
+        ),
         _ => not_applied(format!("cannot connect to {server}"), error),
     }
 }
@@ -88,15 +108,21 @@ pub(super) fn of_connecting(
 fn without_code(error: tokio_postgres::Error, server: &str) -> StoreError {
     let source = std::error::Error::source(&error);
     let io_error = source.and_then(|source| source.downcast_ref::<io::Error>());
-    let is_tls = io_error.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<rustls::Error>());
+    let is_tls = io_error
+        .and_then(io::Error::get_ref)
+        .is_some_and(|inner| inner.is::<rustls::Error>());
     let is_connection = io_error.is_some() || error.is_closed();
     if is_tls {
         let text = format!("cannot use TLS with {server}; check sslmode in the URL");
         StoreError::permanent(ErrorContext::new(text, error))
     } else if is_connection {
-        StoreError::not_applied(ErrorContext::new(format!("cannot connect to {server}"), error))
+        StoreError::not_applied(ErrorContext::new(
+            format!("cannot connect to {server}"),
+            error,
+        ))
     } else {
-        let text = format!("cannot log in to {server}; check the credentials and sslmode in the URL");
+        let text =
+            format!("cannot log in to {server}; check the credentials and sslmode in the URL");
         StoreError::permanent(ErrorContext::new(text, error))
     }
 }
@@ -105,11 +131,16 @@ fn without_code(error: tokio_postgres::Error, server: &str) -> StoreError {
 pub(super) fn of_request(error: QueryError) -> StoreError {
     let broken = "cannot get an answer: the connection broke";
     let error = match error {
-        QueryError::TimedOut => return StoreError::unknown("cannot get an answer: the time limit passed"),
+        QueryError::TimedOut => {
+            return StoreError::unknown("cannot get an answer: the time limit passed");
+        }
         QueryError::Io(error) => return StoreError::unknown(ErrorContext::new(broken, error)),
         QueryError::Driver(error) => error,
     };
-    let Some(answer) = error.as_db_error().filter(|answer| answer.parsed_severity() == Some(Severity::Error)) else {
+    let Some(answer) = error
+        .as_db_error()
+        .filter(|answer| answer.parsed_severity() == Some(Severity::Error))
+    else {
         return StoreError::unknown(ErrorContext::new(broken, error));
     };
     let (is_permanent, text) = match *answer.code() {
@@ -121,18 +152,29 @@ pub(super) fn of_request(error: QueryError) -> StoreError {
         | SqlState::INVALID_COLUMN_REFERENCE
         | SqlState::NOT_NULL_VIOLATION
         | SqlState::CHECK_VIOLATION => (true, of_another_layout()),
-        SqlState::SYNTAX_ERROR => {
-            (true, "cannot use the server: it does not know a statement of PostgreSQL 9.5".to_owned())
-        }
-        SqlState::UNTRANSLATABLE_CHARACTER | SqlState::CHARACTER_NOT_IN_REPERTOIRE => {
-            (true, "cannot write the name of the lease: the encoding of the database lacks a character".to_owned())
-        }
+        SqlState::SYNTAX_ERROR => (
+            true,
+            "cannot use the server: it does not know a statement of PostgreSQL 9.5".to_owned(),
+        ),
+        SqlState::UNTRANSLATABLE_CHARACTER | SqlState::CHARACTER_NOT_IN_REPERTOIRE => (
+            true,
+            "cannot write the name of the lease: the encoding of the database lacks a character"
+                .to_owned(),
+        ),
         SqlState::READ_ONLY_SQL_TRANSACTION => (false, read_only()),
-        SqlState::DISK_FULL => (false, "cannot write the lease: the server's disk is full".to_owned()),
-        SqlState::QUERY_CANCELED => {
-            (false, "cannot complete the request: the server cancelled it, see statement_timeout".to_owned())
-        }
-        _ => (false, "cannot complete the request: the server refused it".to_owned()),
+        SqlState::DISK_FULL => (
+            false,
+            "cannot write the lease: the server's disk is full".to_owned(),
+        ),
+        SqlState::QUERY_CANCELED => (
+            false,
+            "cannot complete the request: the server cancelled it, see statement_timeout"
+                .to_owned(),
+        ),
+        _ => (
+            false,
+            "cannot complete the request: the server refused it".to_owned(),
+        ),
     };
     if is_permanent {
         StoreError::permanent(ErrorContext::new(text, error))
@@ -141,10 +183,12 @@ pub(super) fn of_request(error: QueryError) -> StoreError {
     }
 }
 
-/// Returns whether the session's history differs from what this process assumes. A proxy that gives each transaction
-/// another session causes that, and so does a re-created table.
+/// Returns whether the session's history differs from what this process assumes. A proxy that gives
+/// each transaction another session causes that, and so does a re-created table.
 pub(super) fn is_of_statements(error: &Error) -> bool {
-    let Some(answer) = error.as_db_error() else { return false };
+    let Some(answer) = error.as_db_error() else {
+        return false;
+    };
     matches!(
         *answer.code(),
         SqlState::INVALID_SQL_STATEMENT_NAME
@@ -156,7 +200,10 @@ pub(super) fn is_of_statements(error: &Error) -> bool {
 
 /// Returns whether the request should be repeated at once, because two transactions conflicted.
 pub(super) fn is_of_conflict(error: &Error) -> bool {
-    matches!(error.code(), Some(&SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED))
+    matches!(
+        error.code(),
+        Some(&SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED)
+    )
 }
 
 const GRANT: &str = "GRANT SELECT, INSERT, UPDATE ON lockkit_leases TO …;";
@@ -177,7 +224,9 @@ pub(super) fn too_old(version: &str) -> String {
 
 /// Returns the message for a user that may not create the missing table.
 pub(super) fn no_table() -> String {
-    format!("cannot create the table lockkit_leases; let a user with the privilege run: {CREATE}; {GRANT}")
+    format!(
+        "cannot create the table lockkit_leases; let a user with the privilege run: {CREATE}; {GRANT}"
+    )
 }
 
 /// Returns the message for a user without the privileges to use the table.

@@ -1,16 +1,18 @@
-//! Leases on PostgreSQL: one row per lease in the table `lockkit_leases`. The table is in the database that the URL
-//! names, in the first schema of the user's search_path.
+//! Leases on PostgreSQL: one row per lease in the table `lockkit_leases`. The table is in the
+//! database that the URL names, in the first schema of the user's search_path.
 //!
-//! Each step is one statement and one round trip (see `schema`), on a connection that no other request uses meanwhile
-//! (see `connection`). The row decides; LISTEN and NOTIFY only wake. A waiter leaves a mark in the row. A release
-//! notifies only if there is a mark, because NOTIFY makes all commits of a server wait for each other.
+//! Each step is one statement and one round trip (see `schema`), on a connection that no other
+//! request uses meanwhile (see `connection`). The row decides; LISTEN and NOTIFY only wake. A
+//! waiter leaves a mark in the row. A release notifies only if there is a mark, because NOTIFY
+//! makes all commits of a server wait for each other.
 //!
-//! The time is the server's: only its clock sets and compares `until`, so the clients' clocks have no effect. If the
-//! server's clock is set forward, a held lease goes to the next request, and its holder learns of that at its next
-//! heartbeat. If the clock is set back, a lease without renewals stays held for longer. The token grows in both cases.
+//! The time is the server's: only its clock sets and compares `until`, so the clients' clocks have
+//! no effect. If the server's clock is set forward, a held lease goes to the next request, and its
+//! holder learns of that at its next heartbeat. If the clock is set back, a lease without renewals
+//! stays held for longer. The token grows in both cases.
 //!
-//! Behind a proxy that gives each transaction another session no statement is prepared. Where notifications do not get
-//! through, waiters poll at their retry delay.
+//! Behind a proxy that gives each transaction another session no statement is prepared. Where
+//! notifications do not get through, waiters poll at their retry delay.
 
 mod check;
 mod config;
@@ -35,11 +37,13 @@ use crate::base::cancel::CancelToken;
 use crate::base::error::StoreError;
 use crate::lease::LeaseStore;
 use crate::lease::store::lease_store::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, Released, Renewal, StoreProfile, sleep,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, Released, Renewal,
+    StoreProfile, sleep,
 };
 use crate::lease::store::server::{
-    EndState, Outcome, Pool, Result, Semaphore, Subscriptions, acquire_or_take_over, expire_if_dead,
-    format_current_owner, format_recovered_owner, parse_claim, parse_owner, release_not_found,
+    EndState, Outcome, Pool, Result, Semaphore, Subscriptions, acquire_or_take_over,
+    expire_if_dead, format_current_owner, format_recovered_owner, parse_claim, parse_owner,
+    release_not_found,
 };
 use crate::sys::failpoint::step;
 use crate::sys::process_local::ProcessLocal;
@@ -56,7 +60,11 @@ const MAX_ACQUIRE_ATTEMPTS: u32 = 8;
 /// Returns the store on the server at `url`, without connecting.
 pub(in crate::lease) fn open(url: &str) -> crate::Result<Arc<dyn LeaseStore>> {
     let config = Arc::new(ServerConfig::parse(url)?);
-    Ok(Arc::new(PostgresStore { failure_domain: config.failure_domain(), config, state: ProcessLocal::new() }))
+    Ok(Arc::new(PostgresStore {
+        failure_domain: config.failure_domain(),
+        config,
+        state: ProcessLocal::new(),
+    }))
 }
 
 struct PostgresStore {
@@ -85,20 +93,39 @@ impl LeaseStore for PostgresStore {
         }
     }
 
-    fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, by: Deadline) -> Result<Attempt> {
+    fn try_acquire(
+        &self,
+        name: &LeaseName,
+        claim: &ClaimId,
+        ttl: Duration,
+        by: Deadline,
+    ) -> Result<Attempt> {
         let (claim_text, micros, owner) = (claim.to_string(), micros(ttl), format_current_owner());
         acquire_or_take_over(|dead| {
-            let dead_claim = dead.and_then(LeaseSnapshot::claim).map(|claim| claim.to_string()).unwrap_or_default();
-            let dead_token = dead.and_then(LeaseSnapshot::token).map_or(0, u64::cast_signed);
-            let values: [&(dyn ToSql + Sync); 6] =
-                [&name.as_str(), &claim_text, &micros, &owner, &dead_claim, &dead_token];
+            let dead_claim = dead
+                .and_then(LeaseSnapshot::claim)
+                .map(|claim| claim.to_string())
+                .unwrap_or_default();
+            let dead_token = dead
+                .and_then(LeaseSnapshot::token)
+                .map_or(0, u64::cast_signed);
+            let values: [&(dyn ToSql + Sync); 6] = [
+                &name.as_str(),
+                &claim_text,
+                &micros,
+                &owner,
+                &dead_claim,
+                &dead_token,
+            ];
             // After a miss, the next attempt sees a holder that came in between.
             for _ in 0..MAX_ACQUIRE_ATTEMPTS {
                 let rows = self.query(&schema::ACQUIRE, &values, by)?;
                 let Some(row) = rows.first() else {
                     match self.holder(name, by)? {
                         // An earlier request of the same claim may have taken effect only now.
-                        Some(seen) if seen.claim() != Some(*claim) => return Ok(Attempt::Busy(seen)),
+                        Some(seen) if seen.claim() != Some(*claim) => {
+                            return Ok(Attempt::Busy(seen));
+                        }
                         _ => continue,
                     }
                 };
@@ -118,24 +145,48 @@ impl LeaseStore for PostgresStore {
     }
 
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
-        let (claim, token, ttl) = (grant.claim().to_string(), grant.token().cast_signed(), micros(grant.ttl()));
+        let (claim, token, ttl) = (
+            grant.claim().to_string(),
+            grant.token().cast_signed(),
+            micros(grant.ttl()),
+        );
         // Without a permit: a renewal waits for no other request.
-        let rows = self.query_without_permit(&schema::RENEW, &[&grant.name().as_str(), &claim, &token, &ttl], by)?;
+        let rows = self.query_without_permit(
+            &schema::RENEW,
+            &[&grant.name().as_str(), &claim, &token, &ttl],
+            by,
+        )?;
         if !rows.is_empty() {
             return Ok(Renewal::Extended { ttl: grant.ttl() });
         }
         let rows = self.query_without_permit(&schema::GET, &[&grant.name().as_str()], by)?;
         let holder = rows.first().map(snapshot).transpose()?;
         let other = holder.filter(|holder| holder.claim() != Some(*grant.claim()));
-        Ok(Renewal::Lost { by: other.and_then(|other| other.owner().cloned()) })
+        Ok(Renewal::Lost {
+            by: other.and_then(|other| other.owner().cloned()),
+        })
     }
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.free(grant.name(), *grant.claim(), grant.token(), EndState::Released, None, by)
+        self.free(
+            grant.name(),
+            *grant.claim(),
+            grant.token(),
+            EndState::Released,
+            None,
+            by,
+        )
     }
 
     fn abandon(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.free(grant.name(), *grant.claim(), grant.token(), EndState::Lost, format_recovered_owner(grant), by)
+        self.free(
+            grant.name(),
+            *grant.claim(),
+            grant.token(),
+            EndState::Lost,
+            format_recovered_owner(grant),
+            by,
+        )
     }
 
     fn get(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>> {
@@ -144,14 +195,24 @@ impl LeaseStore for PostgresStore {
 
     fn evict(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline) -> Result<Released> {
         match (seen.claim(), seen.token()) {
-            (Some(claim), Some(token)) => self.free(name, claim, token, EndState::Evicted, None, by),
+            (Some(claim), Some(token)) => {
+                self.free(name, claim, token, EndState::Evicted, None, by)
+            }
             _ => Ok(Released::NotMine),
         }
     }
 
-    fn wait_for_change(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline, stop: &CancelToken) -> Result<()> {
+    fn wait_for_change(
+        &self,
+        name: &LeaseName,
+        seen: &LeaseSnapshot,
+        by: Deadline,
+        stop: &CancelToken,
+    ) -> Result<()> {
         let state = self.state();
-        let (Some(claim), Some(token)) = (seen.claim(), seen.token()) else { return sleep(by, stop) };
+        let (Some(claim), Some(token)) = (seen.claim(), seen.token()) else {
+            return sleep(by, stop);
+        };
         if state.lacks_notifications.load(Ordering::Relaxed) {
             return sleep(by, stop);
         }
@@ -160,8 +221,16 @@ impl LeaseStore for PostgresStore {
             return Ok(());
         }
         // The subscription exists already, so a change after the mark is not missed.
-        let values: [&(dyn ToSql + Sync); 3] = [&name.as_str(), &claim.to_string(), &token.cast_signed()];
-        if self.query(&schema::MARK, &values, by.min(Deadline::after(WAITER_REQUEST_TIMEOUT)))?.is_empty() {
+        let values: [&(dyn ToSql + Sync); 3] =
+            [&name.as_str(), &claim.to_string(), &token.cast_signed()];
+        if self
+            .query(
+                &schema::MARK,
+                &values,
+                by.min(Deadline::after(WAITER_REQUEST_TIMEOUT)),
+            )?
+            .is_empty()
+        {
             return Ok(());
         }
         step("waiter marked");
@@ -197,13 +266,23 @@ impl PostgresStore {
         self.query_without_permit(sql, values, by)
     }
 
-    fn query_without_permit(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<Vec<Row>> {
+    fn query_without_permit(
+        &self,
+        sql: &Sql,
+        values: &[&(dyn ToSql + Sync)],
+        by: Deadline,
+    ) -> Result<Vec<Row>> {
         self.query_observed(sql, values, by).map(|(rows, _)| rows)
     }
 
-    /// Like [`query_without_permit`](Self::query_without_permit), and also returns whether an earlier attempt got no
-    /// answer.
-    fn query_observed(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<(Vec<Row>, bool)> {
+    /// Like [`query_without_permit`](Self::query_without_permit), and also returns whether an
+    /// earlier attempt got no answer.
+    fn query_observed(
+        &self,
+        sql: &Sql,
+        values: &[&(dyn ToSql + Sync)],
+        by: Deadline,
+    ) -> Result<(Vec<Row>, bool)> {
         let connect = || self.config.connect(by, check);
         let outcome = Outcome::default();
         let answer = self.state().pool.run(&outcome, connect, |connection| {
@@ -214,7 +293,9 @@ impl PostgresStore {
                 };
                 match error {
                     QueryError::Driver(error) if is_of_conflict(&error) && !by.is_past() => {}
-                    QueryError::Driver(error) if is_of_statements(&error) && connection.is_direct => {
+                    QueryError::Driver(error)
+                        if is_of_statements(&error) && connection.is_direct =>
+                    {
                         connection.forget_statements();
                         connection.is_direct = false;
                     }
@@ -234,16 +315,29 @@ impl PostgresStore {
         owner: Option<String>,
         by: Deadline,
     ) -> Result<Released> {
-        let values: [&(dyn ToSql + Sync); 5] =
-            [&name.as_str(), &claim.to_string(), &token.cast_signed(), &end.text(), &owner];
+        let values: [&(dyn ToSql + Sync); 5] = [
+            &name.as_str(),
+            &claim.to_string(),
+            &token.cast_signed(),
+            &end.text(),
+            &owner,
+        ];
         let state = self.state();
         let _permit = state.semaphore.acquire(by)?;
         let (rows, is_indeterminate) = self.query_observed(&schema::FREE, &values, by)?;
-        if !rows.is_empty() || !self.query_without_permit(&schema::IS_FREED, &values[..4], by)?.is_empty() {
+        if !rows.is_empty()
+            || !self
+                .query_without_permit(&schema::IS_FREED, &values[..4], by)?
+                .is_empty()
+        {
             step("record freed");
             return Ok(Released::Done);
         }
-        Ok(if end == EndState::Released { release_not_found(is_indeterminate) } else { Released::NotMine })
+        Ok(if end == EndState::Released {
+            release_not_found(is_indeterminate)
+        } else {
+            Released::NotMine
+        })
     }
 }
 
@@ -265,7 +359,8 @@ fn snapshot(row: &Row) -> Result<LeaseSnapshot> {
 }
 
 fn get<'r, T: tokio_postgres::types::FromSql<'r>>(row: &'r Row, at: usize) -> Result<T> {
-    row.try_get(at).map_err(|error| StoreError::permanent(ErrorContext::new(of_another_layout(), error)))
+    row.try_get(at)
+        .map_err(|error| StoreError::permanent(ErrorContext::new(of_another_layout(), error)))
 }
 
 fn micros(ttl: Duration) -> f64 {

@@ -13,16 +13,17 @@
 //! | `died` | the previous holder, if it did not release; empty if that holder is unknown |
 //! | `waited` | a waiter waits for this holder or for the dead one before it; the end of the grant notifies it |
 //!
-//! The claim and the token stay when a lease is freed, so a repeated release finds that it has been done. Each step is
-//! one statement and so one transaction. If the step did not take place, another statement asks why. Each transaction
-//! is committed with `synchronous_commit` at `on` at least, whatever the server's default is: a grant that a crash
-//! undoes would be given again.
+//! The claim and the token stay when a lease is freed, so a repeated release finds that it has been
+//! done. Each step is one statement and so one transaction. If the step did not take place, another
+//! statement asks why. Each transaction is committed with `synchronous_commit` at `on` at least,
+//! whatever the server's default is: a grant that a crash undoes would be given again.
 
 use tokio_postgres::types::Type;
 
 use super::connection::Sql;
 
-/// Creates the table. Its pages keep free space, so that a renewal is written next to the row that it replaces.
+/// Creates the table. Its pages keep free space, so that a renewal is written next to the row that
+/// it replaces.
 pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
      name text COLLATE \"C\" PRIMARY KEY, \
      state text NOT NULL, \
@@ -38,15 +39,16 @@ pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
 pub(super) const LAYOUT: &str = "name text, state text, token bigint, claim text, until timestamp with time zone, \
      owner text, died text, waited boolean";
 
-/// Reports the server, the table, and the reason not to trust the table, if any. On a server that is too old, the
-/// statement fails or reports the version.
+/// Reports the server, the table, and the reason not to trust the table, if any. On a server that
+/// is too old, the statement fails or reports the version.
 ///
-/// The code attached to a table, such as triggers and rules, runs with the rights of the user that writes to it. So the
-/// table's owner must be able to act as this user anyway (this user or a superuser), or own the schema or database of
-/// this user's table. A role of which this user is a member may own the table too, unless this user is a superuser. A
-/// user that only created the table first in a schema for all is not trusted. All types match the functions and
-/// operators in this statement exactly. An overload that matches better than the system's may belong to another user as
-/// well.
+/// The code attached to a table, such as triggers and rules, runs with the rights of the user that
+/// writes to it. So the table's owner must be able to act as this user anyway (this user or a
+/// superuser), or own the schema or database of this user's table. A role of which this user is a
+/// member may own the table too, unless this user is a superuser. A user that only created the
+/// table first in a schema for all is not trusted. All types match the functions and operators in
+/// this statement exactly. An overload that matches better than the system's may belong to another
+/// user as well.
 pub(super) const INSPECT: Sql = Sql {
     slot: 0,
     text: "SELECT pg_backend_pid(), current_setting('server_version_num')::int, current_setting('server_version'), \
@@ -69,11 +71,12 @@ pub(super) const INSPECT: Sql = Sql {
 /// The oldest version with the feature used here: `INSERT … ON CONFLICT`.
 pub(super) const MIN_VERSION: i32 = 90_500;
 
-/// Limits the duration of a session's statements, unless a shorter limit is set. The server continues a statement whose
-/// client has given up, for example one that waits for a lock of the table. Only afterwards does the server see that
-/// the client is gone. The limit is longer than any request may take. It does not limit how long a commit waits for a
-/// standby. Behind a proxy that gives each transaction another session the limit is not set, because it would apply to
-/// the sessions of others.
+/// Limits the duration of a session's statements, unless a shorter limit is set. The server
+/// continues a statement whose client has given up, for example one that waits for a lock of the
+/// table. Only afterwards does the server see that the client is gone. The limit is longer than any
+/// request may take. It does not limit how long a commit waits for a standby. Behind a proxy that
+/// gives each transaction another session the limit is not set, because it would apply to the
+/// sessions of others.
 pub(super) const LIMIT_STATEMENTS: &str = "SELECT \
      set_config('statement_timeout', least(nullif(setting::int, 0), 3000)::text, false) \
      FROM pg_settings WHERE name = 'statement_timeout'";
@@ -86,15 +89,15 @@ macro_rules! with_durable_commit {
     };
 }
 
-/// Parameters: the name, the claim, the TTL in microseconds, the owner, and the claim and the token of a dead holder.
-/// Returns a row if the lease is granted: the token, and the holder that died. Returns no row if another claim has the
-/// lease.
+/// Parameters: the name, the claim, the TTL in microseconds, the owner, and the claim and the token
+/// of a dead holder. Returns a row if the lease is granted: the token, and the holder that died.
+/// Returns no row if another claim has the lease.
 ///
-/// A request that arrives after the end of its own grant gets no row, except after an eviction. A waiter for a holder
-/// that is taken over continues to wait for the next holder, so the mark stays.
+/// A request that arrives after the end of its own grant gets no row, except after an eviction. A
+/// waiter for a holder that is taken over continues to wait for the next holder, so the mark stays.
 ///
-/// The statement reads first: INSERT locks an existing row even if it then changes nothing, and that lock is written to
-/// disk.
+/// The statement reads first: INSERT locks an existing row even if it then changes nothing, and
+/// that lock is written to disk.
 pub(super) const ACQUIRE: Sql = Sql {
     slot: 1,
     text: concat!(
@@ -115,7 +118,14 @@ pub(super) const ACQUIRE: Sql = Sql {
          AND NOT (l.state IN ('released', 'lost') AND l.claim = excluded.claim) RETURNING token, died, ",
         with_durable_commit!()
     ),
-    types: &[Type::TEXT, Type::TEXT, Type::FLOAT8, Type::TEXT, Type::TEXT, Type::INT8],
+    types: &[
+        Type::TEXT,
+        Type::TEXT,
+        Type::FLOAT8,
+        Type::TEXT,
+        Type::TEXT,
+        Type::INT8,
+    ],
 };
 
 /// Parameters: the name, the claim, the token and the TTL. Returns a row if the lease is renewed.
@@ -129,8 +139,8 @@ pub(super) const RENEW: Sql = Sql {
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::FLOAT8],
 };
 
-/// Parameters: the name, the claim, the token, the state in which the grant ends, and the owner to record as its holder,
-/// if another. Returns a row if the lease was held until now.
+/// Parameters: the name, the claim, the token, the state in which the grant ends, and the owner to
+/// record as its holder, if another. Returns a row if the lease was held until now.
 pub(super) const FREE: Sql = Sql {
     slot: 3,
     text: concat!(
@@ -142,7 +152,8 @@ pub(super) const FREE: Sql = Sql {
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT, Type::TEXT],
 };
 
-/// Parameters: as the first four of [`FREE`]. Returns a row if the lease was freed in this state before.
+/// Parameters: as the first four of [`FREE`]. Returns a row if the lease was freed in this state
+/// before.
 pub(super) const IS_FREED: Sql = Sql {
     slot: 7,
     text: "SELECT FROM lockkit_leases WHERE name = $1 AND claim = $2 AND token = $3 AND state = $4",
@@ -157,8 +168,8 @@ pub(super) const GET: Sql = Sql {
     types: &[Type::TEXT],
 };
 
-/// Parameters: the name, and the claim and the token of its holder. Returns a row if the holder is still the same, and
-/// then marks the row as having a waiter.
+/// Parameters: the name, and the claim and the token of its holder. Returns a row if the holder is
+/// still the same, and then marks the row as having a waiter.
 pub(super) const MARK: Sql = Sql {
     slot: 5,
     text: "WITH holds AS (SELECT waited FROM lockkit_leases \
@@ -170,7 +181,11 @@ pub(super) const MARK: Sql = Sql {
 };
 
 /// Sends a text to all listeners.
-pub(super) const NOTIFY: Sql = Sql { slot: 6, text: "SELECT pg_notify('lockkit_leases', $1)", types: &[Type::TEXT] };
+pub(super) const NOTIFY: Sql = Sql {
+    slot: 6,
+    text: "SELECT pg_notify('lockkit_leases', $1)",
+    types: &[Type::TEXT],
+};
 
 /// Subscribes a connection to these texts.
 pub(super) const LISTEN: &str = "LISTEN lockkit_leases";

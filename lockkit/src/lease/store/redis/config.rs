@@ -1,4 +1,5 @@
-//! The content of a `redis://` URL: the address of the server, the credentials, and the certificates.
+//! The content of a `redis://` URL: the address of the server, the credentials, and the
+//! certificates.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -11,15 +12,15 @@ use redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionI
 use crate::base::error;
 use crate::lease::url::{Parts, invalid};
 
-/// The time without traffic after which TCP probes the server, and the time between two probes. So a waiter learns of a
-/// server that vanished without a notice.
+/// The time without traffic after which TCP probes the server, and the time between two probes. So
+/// a waiter learns of a server that vanished without a notice.
 const KEEPALIVE_TIME: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The address of a server and the settings for connecting to it.
 pub(super) struct ServerConfig {
-    /// The address without user, password and database. The connection sends those itself, so that each answer has the
-    /// remaining time as its limit, and each error gets its own message.
+    /// The address without user, password and database. The connection sends those itself, so that
+    /// each answer has the remaining time as its limit, and each error gets its own message.
     pub(super) address: ConnectionInfo,
     pub(super) settings: RedisConnectionInfo,
     pub(super) ca: Option<PathBuf>,
@@ -37,7 +38,9 @@ impl ServerConfig {
         if url.contains('#') {
             return Err(wrong("a # is not allowed; write %23"));
         }
-        let parsed = url.into_connection_info().map_err(|error| invalid(url, error.to_string()))?;
+        let parsed = url
+            .into_connection_info()
+            .map_err(|error| invalid(url, error.to_string()))?;
         let certificate = match (certificate, key) {
             (Some(certificate), Some(key)) => Some([certificate, key]),
             (None, None) => None,
@@ -45,10 +48,16 @@ impl ServerConfig {
         };
         let is_tls = matches!(parsed.addr(), ConnectionAddr::TcpTls { .. });
         if !is_tls && (ca.is_some() || certificate.is_some()) {
-            return Err(wrong("`ca`, `cert` and `key` need TLS; write rediss:// or valkeys://"));
+            return Err(wrong(
+                "`ca`, `cert` and `key` need TLS; write rediss:// or valkeys://",
+            ));
         }
-        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_TIME).with_interval(KEEPALIVE_INTERVAL);
-        let tcp = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
+        let keepalive = TcpKeepalive::new()
+            .with_time(KEEPALIVE_TIME)
+            .with_interval(KEEPALIVE_INTERVAL);
+        let tcp = TcpSettings::default()
+            .set_nodelay(true)
+            .set_keepalive(keepalive);
         let server = format!("{}", parsed.addr());
         let mut hasher = DefaultHasher::new();
         server.hash(&mut hasher);
@@ -83,10 +92,18 @@ fn tls_files(url: &str) -> error::Result<[Option<PathBuf>; 3]> {
             "cert" => certificate,
             "key" => key,
             "db" | "user" | "pass" if parts.scheme.ends_with("unix") => continue,
-            _ => return Err(invalid(url, format!("unknown parameter `{parameter}`; use `ca`, `cert` or `key`"))),
+            _ => {
+                return Err(invalid(
+                    url,
+                    format!("unknown parameter `{parameter}`; use `ca`, `cert` or `key`"),
+                ));
+            }
         };
         if file.replace(PathBuf::from(value)).is_some() {
-            return Err(invalid(url, format!("the parameter `{parameter}` must be given once")));
+            return Err(invalid(
+                url,
+                format!("the parameter `{parameter}` must be given once"),
+            ));
         }
     }
     Ok(files)

@@ -1,4 +1,5 @@
-//! The errors of the client and the server as messages, and whether the request may have taken effect.
+//! The errors of the client and the server as messages, and whether the request may have taken
+//! effect.
 
 use std::error::Error as _;
 use std::io;
@@ -16,7 +17,8 @@ impl ServerConfig {
     pub(super) fn connect_failed(&self, error: &RedisError) -> StoreError {
         use io::ErrorKind::{ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
         let server = &self.server;
-        // The certificate and the key do not match, for example when only one of them has been replaced so far.
+        // The certificate and the key do not match, for example when only one of them has been
+        // replaced so far.
         if error.kind() == ErrorKind::InvalidClientConfig {
             return StoreError::not_applied(format!(
                 "cannot connect to {server} with this certificate and key: {error}"
@@ -37,9 +39,9 @@ impl ServerConfig {
             UnexpectedEof | ConnectionReset => StoreError::not_applied(format!(
                 "cannot connect to {server}: the server closed the connection before it answered; {advice}"
             )),
-            TimedOut | WouldBlock => {
-                StoreError::not_applied(format!("cannot connect to {server}: no answer came in time; {advice}"))
-            }
+            TimedOut | WouldBlock => StoreError::not_applied(format!(
+                "cannot connect to {server}: no answer came in time; {advice}"
+            )),
             _ => connect_error(server, found),
         }
     }
@@ -48,10 +50,14 @@ impl ServerConfig {
         let server = &self.server;
         StoreError::permanent(match error {
             rustls::Error::InvalidCertificate(_) => {
-                format!("cannot trust the certificate of {server}: {error}; name its authority with `?ca=` in the URL")
+                format!(
+                    "cannot trust the certificate of {server}: {error}; name its authority with `?ca=` in the URL"
+                )
             }
             rustls::Error::InvalidMessage(_) => {
-                format!("cannot use TLS with {server}: {error}; if the server does not speak TLS, write redis://")
+                format!(
+                    "cannot use TLS with {server}: {error}; if the server does not speak TLS, write redis://"
+                )
             }
             rustls::Error::AlertReceived(_) => format!(
                 "cannot use TLS with {server}: {error}; name a client certificate with `?cert=` and `key=` in the URL"
@@ -64,8 +70,11 @@ impl ServerConfig {
     #[cold]
     pub(super) fn refused(&self, error: &RedisError) -> StoreError {
         let (server, answer) = (&self.server, message(error));
-        let permanent =
-            |advice: &str| StoreError::permanent(format!("cannot use {server} for the lease: {answer}; {advice}"));
+        let permanent = |advice: &str| {
+            StoreError::permanent(format!(
+                "cannot use {server} for the lease: {answer}; {advice}"
+            ))
+        };
         let advice = match error.code().unwrap_or_default() {
             _ if is_of_replica(error) => "; the server is a replica, so use its primary",
             "NOAUTH" => return permanent("write the password as in redis://:password@host"),
@@ -76,17 +85,23 @@ impl ServerConfig {
                 );
             }
             "WRONGTYPE" => {
-                return permanent("the key of the lease contains something else, so use another name or database");
+                return permanent(
+                    "the key of the lease contains something else, so use another name or database",
+                );
             }
             "MOVED" | "ASK" | "CROSSSLOT" => {
-                return permanent("the server belongs to a cluster that keeps the lease on another node");
+                return permanent(
+                    "the server belongs to a cluster that keeps the lease on another node",
+                );
             }
             "LOADING" => "; the server is still loading its data",
             "OOM" => "; the server has no free memory",
             "BUSY" => "; the server is running a script",
             _ => "",
         };
-        StoreError::not_applied(format!("cannot use {server} for the lease: {answer}{advice}"))
+        StoreError::not_applied(format!(
+            "cannot use {server} for the lease: {answer}{advice}"
+        ))
     }
 
     /// Returns the error for a request that may have taken effect.
@@ -103,8 +118,8 @@ impl ServerConfig {
     }
 }
 
-/// Returns whether only a primary may run the request. Before Redis 7 the error code is within the message of the
-/// script's failure.
+/// Returns whether only a primary may run the request. Before Redis 7 the error code is within the
+/// message of the script's failure.
 pub(super) fn is_of_replica(error: &RedisError) -> bool {
     message(error).contains("READONLY")
 }
@@ -121,11 +136,13 @@ pub(super) fn message(error: &RedisError) -> String {
 fn inner<E: std::error::Error + 'static>(error: &RedisError) -> Option<&E> {
     let shared: &Arc<dyn std::error::Error + Send + Sync> = error.source()?.downcast_ref()?;
     let error: &(dyn std::error::Error + 'static) = &**shared;
-    error.downcast_ref().or_else(|| error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref())
+    error
+        .downcast_ref()
+        .or_else(|| error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref())
 }
 
-/// A signal or a stop interrupted a wait for the server. The client treats that as a failure, so the request must be
-/// repeated over another connection.
+/// A signal or a stop interrupted a wait for the server. The client treats that as a failure, so
+/// the request must be repeated over another connection.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot wait for the server: a signal interrupted the wait")]
 pub(super) struct Interrupted;

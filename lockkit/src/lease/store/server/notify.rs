@@ -1,10 +1,11 @@
 //! Wakes the waiters of lease names.
 //!
-//! A waiter subscribes to the name, checks that the name is still held, and sleeps. One thread of the store has its own
-//! connection to the server, the [`Listener`], and notifies the subscriptions of the names that the server reports.
-//! When the connection breaks, the thread notifies all subscriptions and ends, so that no waiter sleeps through a
-//! change. The next waiter starts the thread again. The thread also ends when no waiter has been subscribed for
-//! [`IDLE_TIMEOUT`]. A waiter that gives up removes its subscription and leaves nothing.
+//! A waiter subscribes to the name, checks that the name is still held, and sleeps. One thread of
+//! the store has its own connection to the server, the [`Listener`], and notifies the subscriptions
+//! of the names that the server reports. When the connection breaks, the thread notifies all
+//! subscriptions and ends, so that no waiter sleeps through a change. The next waiter starts the
+//! thread again. The thread also ends when no waiter has been subscribed for [`IDLE_TIMEOUT`]. A
+//! waiter that gives up removes its subscription and leaves nothing.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -25,19 +26,20 @@ use crate::sys::event::{self, Event, Woke};
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the thread listens before it checks whether it is still needed.
 const LISTEN_INTERVAL: Duration = Duration::from_secs(1);
-/// How long the thread tries to connect, whether the waiter that needs it gives up earlier or later. The next waiter
-/// may need the connection, too. A waiter with a later deadline can poll meanwhile.
+/// How long the thread tries to connect, whether the waiter that needs it gives up earlier or
+/// later. The next waiter may need the connection, too. A waiter with a later deadline can poll
+/// meanwhile.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause after a failed connection before the next attempt to connect.
 const RETRY_DELAY: Duration = Duration::from_millis(250);
-/// How often a waiter checks that an owner is alive, if the waiter can look it up; the death of an owner wakes no
-/// waiter.
+/// How often a waiter checks that an owner is alive, if the waiter can look it up; the death of an
+/// owner wakes no waiter.
 const OWNER_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A connection that reports changes, of every name or at least of the names that may have waiters.
 pub(in crate::lease::store) trait Listener: Send {
-    /// Waits for changes, at most `at_most`, and calls `notify` with each name that has changed. An error means that
-    /// the connection cannot be used any more.
+    /// Waits for changes, at most `at_most`, and calls `notify` with each name that has changed. An
+    /// error means that the connection cannot be used any more.
     fn listen(&mut self, at_most: Duration, notify: &mut dyn FnMut(&str)) -> Result<()>;
 }
 
@@ -55,7 +57,8 @@ struct State {
 
 /// The thread that listens.
 enum ThreadState {
-    /// No thread runs. Contains the reason why the last thread ended, unless it ended because there were no waiters.
+    /// No thread runs. Contains the reason why the last thread ended, unless it ended because there
+    /// were no waiters.
     Stopped(Option<Failure>),
     /// The thread connects.
     Connecting,
@@ -73,28 +76,43 @@ struct Failure {
 impl Failure {
     fn new(error: &StoreError, retry_delay: Duration) -> Self {
         let is_permanent = matches!(error, StoreError::Permanent(_));
-        Self { text: error.to_string(), is_permanent, retry_after: Instant::now() + retry_delay }
+        Self {
+            text: error.to_string(),
+            is_permanent,
+            retry_after: Instant::now() + retry_delay,
+        }
     }
 
     fn error(&self) -> StoreError {
-        let error = if self.is_permanent { StoreError::permanent } else { StoreError::not_applied };
+        let error = if self.is_permanent {
+            StoreError::permanent
+        } else {
+            StoreError::not_applied
+        };
         error(self.text.clone())
     }
 }
 
 impl Subscriptions {
-    /// Returns the subscriptions of a store. `connect` returns, by its deadline, a listener that is registered for all
-    /// later changes.
+    /// Returns the subscriptions of a store. `connect` returns, by its deadline, a listener that is
+    /// registered for all later changes.
     pub(in crate::lease::store) fn new(
         connect: impl Fn(Deadline) -> Result<Box<dyn Listener>> + Send + Sync + 'static,
     ) -> Arc<Self> {
-        let state =
-            State { subscribed: HashMap::new(), thread: ThreadState::Stopped(None), last_waited: Instant::now() };
-        Arc::new(Self { connect: Box::new(connect), state: Mutex::new(state) })
+        let state = State {
+            subscribed: HashMap::new(),
+            thread: ThreadState::Stopped(None),
+            last_waited: Instant::now(),
+        };
+        Arc::new(Self {
+            connect: Box::new(connect),
+            state: Mutex::new(state),
+        })
     }
 
-    /// Subscribes to `name`. From the return of this call, every change of `name` notifies the subscription. The caller
-    /// checks once more for a change and then calls [`Subscription::wait`].
+    /// Subscribes to `name`. From the return of this call, every change of `name` notifies the
+    /// subscription. The caller checks once more for a change and then calls
+    /// [`Subscription::wait`].
     pub(in crate::lease::store) fn subscribe(
         self: &Arc<Self>,
         name: &LeaseName,
@@ -104,10 +122,18 @@ impl Subscriptions {
         let by = by.min(Deadline::after(CONNECT_TIMEOUT));
         loop {
             let event = Arc::new(Event::new().map_err(StoreError::not_applied)?);
-            let subscription = Subscription { subscriptions: self.clone(), name: name.clone(), event };
+            let subscription = Subscription {
+                subscriptions: self.clone(),
+                name: name.clone(),
+                event,
+            };
             let mut state = self.state.lock();
             state.last_waited = Instant::now();
-            state.subscribed.entry(name.clone()).or_default().push(subscription.event.clone());
+            state
+                .subscribed
+                .entry(name.clone())
+                .or_default()
+                .push(subscription.event.clone());
             let is_listening = match &state.thread {
                 ThreadState::Listening => true,
                 ThreadState::Connecting => false,
@@ -143,20 +169,32 @@ impl Subscriptions {
     fn start(self: &Arc<Self>, state: &mut State) -> Result<()> {
         let subscriptions = Arc::downgrade(self);
         let run = move || {
-            let panicked = StoreError::not_applied("cannot listen to the server: the thread that listens panicked");
-            let mut thread = ListenerThread { subscriptions, failure: Some(Failure::new(&panicked, RETRY_DELAY)) };
+            let panicked = StoreError::not_applied(
+                "cannot listen to the server: the thread that listens panicked",
+            );
+            let mut thread = ListenerThread {
+                subscriptions,
+                failure: Some(Failure::new(&panicked, RETRY_DELAY)),
+            };
             thread.failure = thread.listen().err();
         };
-        thread::Builder::new().name("lockkit-listen".to_owned()).spawn(run).map_err(StoreError::not_applied)?;
+        thread::Builder::new()
+            .name("lockkit-listen".to_owned())
+            .spawn(run)
+            .map_err(StoreError::not_applied)?;
         state.thread = ThreadState::Connecting;
         Ok(())
     }
 
     fn notify(&self, name: &str) {
         let state = self.state.lock();
-        let found = state.subscribed.iter().find(|(subscribed, _)| subscribed.as_str() == name);
+        let found = state
+            .subscribed
+            .iter()
+            .find(|(subscribed, _)| subscribed.as_str() == name);
         let events = found.map(|(_, events)| events.clone());
-        // A woken waiter needs the lock to remove its subscription, and must not wait for this loop.
+        // A woken waiter needs the lock to remove its subscription, and must not wait for this
+        // loop.
         drop(state);
         events.into_iter().flatten().for_each(|event| event.set());
     }
@@ -164,7 +202,10 @@ impl Subscriptions {
 
 impl State {
     fn notify_all(&self) {
-        self.subscribed.values().flatten().for_each(|event| event.set());
+        self.subscribed
+            .values()
+            .flatten()
+            .for_each(|event| event.set());
     }
 }
 
@@ -176,7 +217,9 @@ struct ListenerThread {
 
 impl ListenerThread {
     fn listen(&self) -> Result<(), Failure> {
-        let Some(subscriptions) = self.subscriptions.upgrade() else { return Ok(()) };
+        let Some(subscriptions) = self.subscriptions.upgrade() else {
+            return Ok(());
+        };
         let mut listener = (subscriptions.connect)(Deadline::after(CONNECT_TIMEOUT))
             .map_err(|error| Failure::new(&error, RETRY_DELAY))?;
         let mut state = subscriptions.state.lock();
@@ -191,8 +234,12 @@ impl ListenerThread {
                     subscriptions.notify(name);
                 }
             };
-            listener.listen(LISTEN_INTERVAL, &mut notify).map_err(|error| Failure::new(&error, Duration::ZERO))?;
-            let Some(subscriptions) = self.subscriptions.upgrade() else { return Ok(()) };
+            listener
+                .listen(LISTEN_INTERVAL, &mut notify)
+                .map_err(|error| Failure::new(&error, Duration::ZERO))?;
+            let Some(subscriptions) = self.subscriptions.upgrade() else {
+                return Ok(());
+            };
             let mut state = subscriptions.state.lock();
             if !state.subscribed.is_empty() {
                 state.last_waited = Instant::now();
@@ -225,12 +272,22 @@ pub(in crate::lease::store) struct Subscription {
 }
 
 impl Subscription {
-    /// Sleeps until the subscription is notified, `by` has come, `stop` is cancelled, or `owner`, the holder that the
-    /// caller waits for, is dead.
-    pub(in crate::lease::store) fn wait(&self, owner: Option<&Owner>, by: Deadline, stop: &CancelToken) -> Result<()> {
-        let is_observable = owner.is_some_and(|owner| owner.is_of_this_boot() && owner.liveness() != Liveness::Unknown);
+    /// Sleeps until the subscription is notified, `by` has come, `stop` is cancelled, or `owner`,
+    /// the holder that the caller waits for, is dead.
+    pub(in crate::lease::store) fn wait(
+        &self,
+        owner: Option<&Owner>,
+        by: Deadline,
+        stop: &CancelToken,
+    ) -> Result<()> {
+        let is_observable = owner
+            .is_some_and(|owner| owner.is_of_this_boot() && owner.liveness() != Liveness::Unknown);
         loop {
-            let until = if is_observable { by.min(Deadline::after(OWNER_CHECK_INTERVAL)) } else { by };
+            let until = if is_observable {
+                by.min(Deadline::after(OWNER_CHECK_INTERVAL))
+            } else {
+                by
+            };
             match self.sleep(until.moment(), stop)? {
                 Woke::TimedOut if !by.is_past() && !is_dead(owner) => {}
                 _ => return Ok(()),
@@ -240,7 +297,8 @@ impl Subscription {
 
     fn sleep(&self, until: Instant, stop: &CancelToken) -> Result<Woke> {
         let stop = stop.event().map_err(StoreError::not_applied)?;
-        event::wait(Some(self.event.as_fd()), Some(stop.as_fd()), Some(until)).map_err(StoreError::not_applied)
+        event::wait(Some(self.event.as_fd()), Some(stop.as_fd()), Some(until))
+            .map_err(StoreError::not_applied)
     }
 }
 
@@ -270,7 +328,9 @@ mod tests {
         fn listen(&mut self, at_most: Duration, notify: &mut dyn FnMut(&str)) -> Result<()> {
             match self.0.recv_timeout(at_most) {
                 Ok(Some(name)) => notify(name),
-                Ok(None) | Err(RecvTimeoutError::Disconnected) => return Err(StoreError::not_applied("cut")),
+                Ok(None) | Err(RecvTimeoutError::Disconnected) => {
+                    return Err(StoreError::not_applied("cut"));
+                }
                 Err(RecvTimeoutError::Timeout) => {}
             }
             Ok(())
@@ -282,7 +342,10 @@ mod tests {
         let (send, scripts) = mpsc::channel();
         let scripts = Mutex::new(scripts);
         let connect = move |by: Deadline| -> Result<Box<dyn Listener>> {
-            let script: Script = scripts.lock().recv_timeout(by.remaining()).map_err(StoreError::not_applied)?;
+            let script: Script = scripts
+                .lock()
+                .recv_timeout(by.remaining())
+                .map_err(StoreError::not_applied)?;
             Ok(Box::new(script))
         };
         (Subscriptions::new(connect), send)
@@ -300,7 +363,8 @@ mod tests {
         let (server, script) = mpsc::channel();
         connect.send(Script(script)).unwrap();
         let (by, stop) = (Deadline::after(TEST_TIMEOUT), CancelToken::new());
-        let [one, other] = ["one", "other"].map(|text| subscriptions.subscribe(&name(text), by, &stop).unwrap());
+        let [one, other] =
+            ["one", "other"].map(|text| subscriptions.subscribe(&name(text), by, &stop).unwrap());
         server.send(Some("one")).unwrap();
         one.wait(None, by, &stop).unwrap();
         assert!(!by.is_past() && !event::is_readable(other.event.as_fd()));
@@ -324,16 +388,33 @@ mod tests {
             let counter = attempts.clone();
             let subscriptions = Subscriptions::new(move |_| {
                 counter.fetch_add(1, Ordering::SeqCst);
-                Err(if is_permanent { StoreError::permanent("never") } else { StoreError::not_applied("not now") })
+                Err(if is_permanent {
+                    StoreError::permanent("never")
+                } else {
+                    StoreError::not_applied("not now")
+                })
             });
             let subscribe = || {
-                subscriptions.subscribe(&name("one"), Deadline::after(TEST_TIMEOUT), &CancelToken::new()).err().unwrap()
+                subscriptions
+                    .subscribe(
+                        &name("one"),
+                        Deadline::after(TEST_TIMEOUT),
+                        &CancelToken::new(),
+                    )
+                    .err()
+                    .unwrap()
             };
             let start = Instant::now();
-            assert_eq!(matches!(subscribe(), StoreError::Permanent(_)), is_permanent);
+            assert_eq!(
+                matches!(subscribe(), StoreError::Permanent(_)),
+                is_permanent
+            );
             // The connection is not retried at once, but eventually.
             while attempts.load(Ordering::SeqCst) == 1 {
-                assert_eq!(matches!(subscribe(), StoreError::Permanent(_)), is_permanent);
+                assert_eq!(
+                    matches!(subscribe(), StoreError::Permanent(_)),
+                    is_permanent
+                );
             }
             assert!(start.elapsed() >= RETRY_DELAY && start.elapsed() < TEST_TIMEOUT);
             assert!(subscriptions.state.lock().subscribed.is_empty());

@@ -1,4 +1,5 @@
-//! What the answers of a server mean: for a request that was sent more than once, and for a holder that is dead.
+//! What the answers of a server mean: for a request that was sent more than once, and for a holder
+//! that is dead.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -11,8 +12,8 @@ pub(in crate::lease::store) type Result<T, E = StoreError> = std::result::Result
 
 /// Whether an attempt of a request got no answer, and so may have taken effect.
 ///
-/// A refusal of the last attempt says nothing about earlier attempts. So the request is indeterminate if the last
-/// attempt is refused and an earlier one got no answer.
+/// A refusal of the last attempt says nothing about earlier attempts. So the request is
+/// indeterminate if the last attempt is refused and an earlier one got no answer.
 #[derive(Default)]
 pub(in crate::lease::store) struct Outcome {
     is_indeterminate: Cell<bool>,
@@ -39,7 +40,9 @@ impl Outcome {
     /// Returns the error of the whole request, from the error of its last attempt.
     pub(in crate::lease::store) fn resolve(&self, last: StoreError) -> StoreError {
         match last {
-            StoreError::NotApplied(cause) | StoreError::Permanent(cause) if self.is_indeterminate() => {
+            StoreError::NotApplied(cause) | StoreError::Permanent(cause)
+                if self.is_indeterminate() =>
+            {
                 StoreError::Unknown(cause)
             }
             error => error,
@@ -47,10 +50,14 @@ impl Outcome {
     }
 }
 
-/// Returns the result of a release that found the name under another claim. If an earlier attempt got no answer, that
-/// attempt freed the name, and the other claim acquired the name afterwards.
+/// Returns the result of a release that found the name under another claim. If an earlier attempt
+/// got no answer, that attempt freed the name, and the other claim acquired the name afterwards.
 pub(in crate::lease::store) fn release_not_found(is_indeterminate: bool) -> Released {
-    if is_indeterminate { Released::Done } else { Released::NotMine }
+    if is_indeterminate {
+        Released::Done
+    } else {
+        Released::NotMine
+    }
 }
 
 /// The state in which a grant ends, as the records of the servers name it.
@@ -77,9 +84,9 @@ impl EndState {
     }
 }
 
-/// Tries to acquire. `request` makes the request; its argument is the holder whose grant counts as expired, if any. The
-/// request itself compares the claim and the token of that holder, so a holder that acquired the name meanwhile is not
-/// affected.
+/// Tries to acquire. `request` makes the request; its argument is the holder whose grant counts as
+/// expired, if any. The request itself compares the claim and the token of that holder, so a holder
+/// that acquired the name meanwhile is not affected.
 pub(in crate::lease::store) fn acquire_or_take_over(
     mut request: impl FnMut(Option<&LeaseSnapshot>) -> Result<Attempt>,
 ) -> Result<Attempt> {
@@ -89,15 +96,19 @@ pub(in crate::lease::store) fn acquire_or_take_over(
     }
 }
 
-/// Returns whether the owner is certainly dead. A reboot of this host is no proof. Another host of the same name and
-/// installation, such as a machine from the same image, may share the server.
+/// Returns whether the owner is certainly dead. A reboot of this host is no proof. Another host of
+/// the same name and installation, such as a machine from the same image, may share the server.
 pub(super) fn is_dead(owner: Option<&Owner>) -> bool {
     owner.is_some_and(|owner| owner.is_of_this_boot() && owner.liveness() == Liveness::Dead)
 }
 
 /// Returns a holder as callers see it: a dead holder has no time left.
 pub(in crate::lease::store) fn expire_if_dead(seen: LeaseSnapshot) -> LeaseSnapshot {
-    if is_dead(seen.owner()) { seen.with_expires_in(Duration::ZERO) } else { seen }
+    if is_dead(seen.owner()) {
+        seen.with_expires_in(Duration::ZERO)
+    } else {
+        seen
+    }
 }
 
 #[cfg(test)]
@@ -106,20 +117,30 @@ mod tests {
 
     #[test]
     fn refusal_after_unanswered_attempt_is_unknown() {
-        let refusals = [|| StoreError::not_applied("down"), || StoreError::permanent("never")];
+        let refusals = [
+            || StoreError::not_applied("down"),
+            || StoreError::permanent("never"),
+        ];
         for refusal in refusals {
             let outcome = Outcome::default();
             outcome.observe(&refusal());
-            assert!(!matches!(outcome.resolve(refusal()), StoreError::Unknown(_)));
+            assert!(!matches!(
+                outcome.resolve(refusal()),
+                StoreError::Unknown(_)
+            ));
             outcome.observe(&StoreError::unknown("cut"));
             assert!(matches!(outcome.resolve(refusal()), StoreError::Unknown(_)));
         }
-        assert_eq!([false, true].map(release_not_found), [Released::NotMine, Released::Done]);
+        assert_eq!(
+            [false, true].map(release_not_found),
+            [Released::NotMine, Released::Done]
+        );
     }
 
     #[test]
     fn acquire_from_dead_owner_of_this_boot_takes_over() {
-        let seen = |owner: Owner| Attempt::Busy(LeaseSnapshot::new(7).with_token(7).with_owner(owner));
+        let seen =
+            |owner: Owner| Attempt::Busy(LeaseSnapshot::new(7).with_token(7).with_owner(owner));
         let mut dead = Owner::current();
         dead.start = dead.start.map(|start| start + 1);
         let mut of_earlier_boot = dead.clone();

@@ -15,13 +15,22 @@ pub(in crate::lease::store) fn is_this_process(owner: &Owner) -> bool {
 
 /// Returns this process, as text for a record.
 pub(in crate::lease::store) fn format_current_owner() -> String {
-    format_owner(&Owner { acquired: Some(SystemTime::now()), ..Owner::current() })
+    format_owner(&Owner {
+        acquired: Some(SystemTime::now()),
+        ..Owner::current()
+    })
 }
 
-/// Returns the owner that the next grant reports instead of the holder when the grant is abandoned, as text for a
-/// record.
+/// Returns the owner that the next grant reports instead of the holder when the grant is abandoned,
+/// as text for a record.
 pub(in crate::lease::store) fn format_recovered_owner(grant: &Grant) -> Option<String> {
-    Some(grant.recovered()?.owner().map(format_owner).unwrap_or_default())
+    Some(
+        grant
+            .recovered()?
+            .owner()
+            .map(format_owner)
+            .unwrap_or_default(),
+    )
 }
 
 /// Returns an owner, as text for a record.
@@ -34,12 +43,17 @@ pub(in crate::lease::store) fn format_owner(owner: &Owner) -> String {
 /// Returns the owner in the text of a record, if there is one.
 pub(in crate::lease::store) fn parse_owner(text: &str) -> Option<Owner> {
     let (first, rest) = text.split_once('\n')?;
-    Some(owner_text::read(first.strip_prefix("pid ")?.parse().ok()?, rest.lines()))
+    Some(owner_text::read(
+        first.strip_prefix("pid ")?.parse().ok()?,
+        rest.lines(),
+    ))
 }
 
 /// Returns the claim of these hexadecimal digits.
 pub(in crate::lease::store) fn parse_claim(text: &str) -> Option<ClaimId> {
-    u128::from_str_radix(text, 16).ok().map(ClaimId::from_number)
+    u128::from_str_radix(text, 16)
+        .ok()
+        .map(ClaimId::from_number)
 }
 
 #[cfg(test)]
@@ -52,6 +66,10 @@ mod tests {
         let owner = parse_owner(&format_current_owner()).unwrap();
         assert_eq!(owner.pid(), std::process::id());
         assert_eq!(owner.liveness(), Liveness::Alive);
-        assert!(parse_owner("").is_none() && parse_owner("pid x\n").is_none() && parse_owner("pid 1").is_none());
+        assert!(
+            parse_owner("").is_none()
+                && parse_owner("pid x\n").is_none()
+                && parse_owner("pid 1").is_none()
+        );
     }
 }

@@ -30,7 +30,10 @@ impl ShmLock {
         match self.0 {}
     }
 
-    pub(in crate::manager) fn acquire(&self, _wait: &Wait) -> Result<(ShmHold, Option<Box<Recovered>>)> {
+    pub(in crate::manager) fn acquire(
+        &self,
+        _wait: &Wait,
+    ) -> Result<(ShmHold, Option<Box<Recovered>>)> {
         match self.0 {}
     }
 

@@ -12,7 +12,10 @@ use crate::manager::managed_lock::ManagedLock;
 pub struct ShmLockManager(Never);
 
 fn unsupported<T>() -> Result<T> {
-    Err(ErrorKind::Unsupported { what: "a lock table in shared memory" }.into())
+    Err(ErrorKind::Unsupported {
+        what: "a lock table in shared memory",
+    }
+    .into())
 }
 
 impl ShmLockManager {
