@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::sys::failpoint::step;
+use crate::sys::file_id;
 use crate::sys::sharing::Sharing;
 
 /// Returns the parent of the directories of named locks. The system empties it when it starts, or
@@ -109,7 +110,7 @@ pub(crate) fn is_own_at(path: &Path, found: &Metadata) -> bool {
     let is_it = |opened: &File| {
         opened
             .metadata()
-            .is_ok_and(|seen| (seen.dev(), seen.ino()) == (found.dev(), found.ino()))
+            .is_ok_and(|seen| file_id::of(&seen) == file_id::of(found))
     };
     match is_one_user(found.uid()) {
         true => found.uid() == effective_uid(),

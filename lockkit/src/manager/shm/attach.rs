@@ -16,6 +16,7 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::owner::Owner;
 use crate::base::runtime_dir;
 use crate::sys::failpoint::step;
+use crate::sys::file_id::{self, FileId};
 use crate::sys::fork::{ForkGuarded, NoFork, ProcessId};
 use crate::sys::layout::{self, Cell, LOCKS_PER_PAGE, Table};
 use crate::sys::ofd;
@@ -24,7 +25,7 @@ use crate::sys::ofd;
 pub(super) struct Attached {
     pub(super) path: PathBuf,
     /// Device and inode.
-    identity: (u64, u64),
+    identity: FileId,
     pub(super) table: &'static Table,
     /// The cells of `table`.
     pub(super) cells: &'static [Cell],
@@ -239,15 +240,15 @@ fn not_a_plain_file(path: &Path) -> Error {
     .into()
 }
 
-fn identity(path: &Path, file: &File) -> Result<(u64, u64)> {
+fn identity(path: &Path, file: &File) -> Result<FileId> {
     let found = file
         .metadata()
         .map_err(|error| Error::io("inspect", path, error))?;
-    Ok((found.dev(), found.ino()))
+    Ok(file_id::of(&found))
 }
 
 /// Checks a file before any of it is mapped. Returns its identity and the number of its locks.
-fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
+fn check(path: &Path, file: &File) -> Result<(FileId, u32)> {
     let mismatch = |problem| {
         Error::from(ErrorKind::LayoutMismatch {
             path: path.to_owned(),
@@ -274,7 +275,7 @@ fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
     match file.read_exact_at(&mut header, 0) {
         Ok(()) => {
             let capacity = layout::capacity(&header, found.len()).map_err(mismatch)?;
-            Ok(((found.dev(), found.ino()), capacity))
+            Ok((file_id::of(&found), capacity))
         }
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
             Err(mismatch("it is too short"))

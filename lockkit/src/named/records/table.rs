@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -20,6 +20,7 @@ use crate::base::holder_record::{self, ACQUIRED, IDENTITY, WORDS, Words};
 use crate::base::owner::Owner;
 use crate::base::runtime_dir::{self, RuntimeDir, Sharing};
 use crate::sys::failpoint::step;
+use crate::sys::file_id::{self, FileId};
 use crate::sys::fork::ForkGuarded;
 use crate::sys::mapping::Mapping;
 use crate::sys::process_local::ProcessLocal;
@@ -40,7 +41,7 @@ pub(super) struct Records {
     base: Option<&'static str>,
     path: PathBuf,
     /// Device and inode of the file.
-    file: (u64, u64),
+    file: FileId,
     /// When the path was last seen to lead to the file, from [`holder_record::now`].
     checked: AtomicU64,
     store: Store,
@@ -94,10 +95,6 @@ fn open_file(base: Option<&str>, sharing: Sharing) -> Result<(RuntimeDir, File)>
     Ok((directory, file))
 }
 
-fn identity(file: &std::fs::Metadata) -> (u64, u64) {
-    (file.dev(), file.ino())
-}
-
 impl Records {
     /// Returns the table for `sharing`, which this process opens once: in memory, or in the
     /// directory of the file backend if memory cannot be used. A deleted file is opened again.
@@ -134,7 +131,7 @@ impl Records {
                 levels: [const { OnceLock::new() }; MAX_LEVELS as usize],
             })
         };
-        let file_id = identity(&found);
+        let file_id = file_id::of(&found);
         let store = if private && tmpfile::is_in_memory(&file) {
             mapped()
         } else {
@@ -168,7 +165,7 @@ impl Records {
             return true;
         }
         self.checked.store(now, Ordering::Relaxed);
-        std::fs::metadata(&self.path).is_ok_and(|found| identity(&found) == self.file)
+        std::fs::metadata(&self.path).is_ok_and(|found| file_id::of(&found) == self.file)
     }
 
     /// Returns the counter of waiters of the lock with this key, and of some others. Only a mapped
@@ -188,7 +185,7 @@ impl Records {
             }
             Store::File(opened) => {
                 let found = match opened.last().file.metadata() {
-                    Ok(found) if identity(&found) == self.file => found,
+                    Ok(found) if file_id::of(&found) == self.file => found,
                     // Another error does not show that the descriptor was closed.
                     Err(error) if Errno::from_io_error(&error) != Some(Errno::BADF) => return None,
                     _ => self.reopen(opened)?,
@@ -208,7 +205,7 @@ impl Records {
     fn metadata_if_current(&self, file: &File) -> Option<std::fs::Metadata> {
         file.metadata()
             .ok()
-            .filter(|found| identity(found) == self.file)
+            .filter(|found| file_id::of(found) == self.file)
     }
 
     /// Opens the file through another descriptor, if the path still leads to it.

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use super::file_store::{FileStore, Result};
 use crate::base::error::{Error, ErrorKind, StoreError};
 use crate::base::runtime_dir;
+use crate::sys::file_id;
 use crate::sys::files::{self, Metadata, MetadataExt, OpenOptionsExt};
 use crate::sys::fork::ForkGuarded;
 
@@ -115,11 +116,9 @@ impl FileStore {
 
     /// Returns whether the path names the file with this metadata.
     pub(super) fn is_path_of(&self, metadata: &Metadata) -> Result<bool> {
-        match files::symlink_metadata(&self.spec.path) {
-            Ok(named) => Ok((named.dev(), named.ino()) == (metadata.dev(), metadata.ino())),
-            Err(error) if error.kind() == Io::NotFound => Ok(false),
-            Err(error) => Err(self.io_error("inspect", error)),
-        }
+        let named = files::symlink_metadata(&self.spec.path);
+        file_id::is_named(named, |named| file_id::of(named) == file_id::of(metadata))
+            .map_err(|error| self.io_error("inspect", error))
     }
 
     /// Records the file system of the file. For a new file system, checks whether it is this
