@@ -429,14 +429,15 @@ impl LeaseBuilder {
 }
 
 /// The name of a lease, the store that keeps it, and what identifies its record.
-type Kept = (LeaseName, Arc<dyn LeaseStore>, RecordId);
+type LeaseParts = (LeaseName, Arc<dyn LeaseStore>, RecordId);
 
+/// Returns the parts of a lease in a file.
 fn record_in_file(
     path: &Path,
     settings: &Settings,
     timing: &CheckedTiming,
     clock_id: Option<u128>,
-) -> Result<Kept> {
+) -> Result<LeaseParts> {
     let path =
         std::path::absolute(path).map_err(|error| Error::io("make absolute", path, error))?;
     let store = FileStore::new(FileSpec {
@@ -461,7 +462,12 @@ fn record_in_file(
     ))
 }
 
-fn record_in_store(store: Arc<dyn LeaseStore>, key: &str, settings: &Settings) -> Result<Kept> {
+/// Returns the parts of a lease in a store.
+fn record_in_store(
+    store: Arc<dyn LeaseStore>,
+    key: &str,
+    settings: &Settings,
+) -> Result<LeaseParts> {
     for option in settings.file_options() {
         reject_if(true, option, || "this lease is not kept in a file".into())?;
     }
