@@ -9,8 +9,6 @@ use std::io::Write;
 use std::path::Path;
 use std::time::SystemTime;
 
-#[cfg(not(unix))]
-use lockkit::FileLock;
 use lockkit::{Liveness, Owner};
 use serde::Serialize;
 

@@ -12,8 +12,6 @@ mod form;
 
 use std::path::Path;
 
-#[cfg(not(unix))]
-use lockkit::FileLock;
 use lockkit::{Backend, HeldNamedLock, Lease, NamedLock, Owner, Scope};
 
 use crate::failure::Failure;

@@ -180,11 +180,8 @@ pub(super) mod tests {
     pub(in super::super) fn without_privileges<T>(act: impl FnOnce() -> T) -> T {
         let mut token: HANDLE = ptr::null_mut();
         // SAFETY: the call gives this thread a token of its own.
-        assert!(
-            unsafe { ImpersonateSelf(SecurityImpersonation) } != 0,
-            "{}",
-            io::Error::last_os_error()
-        );
+        let done = unsafe { ImpersonateSelf(SecurityImpersonation) };
+        assert!(done != 0, "{}", io::Error::last_os_error());
         let _revert = Revert;
         // SAFETY: the answer has a place.
         let opened = unsafe {
@@ -304,11 +301,8 @@ pub(super) mod tests {
         }
         let restricted = restricted_token();
         // SAFETY: the handle is open.
-        assert!(
-            unsafe { ImpersonateLoggedOnUser(restricted.as_raw_handle()) } != 0,
-            "{}",
-            io::Error::last_os_error()
-        );
+        let done = unsafe { ImpersonateLoggedOnUser(restricted.as_raw_handle()) };
+        assert!(done != 0, "{}", io::Error::last_os_error());
         let _revert = Revert;
         Some(act())
     }
